@@ -1,0 +1,29 @@
+"""The root of every error Stenogate raises on purpose.
+
+    StenogateError
+    ├── policy.errors.PolicyError          who may do what, and what it costs
+    ├── dispatchers.errors.DispatchError   audio in, transcript out
+    └── workers.errors.JobError            durable work
+
+A class says once, for every protocol, its `code` and whether the same request may succeed later (`retryable`). Its
+docstring is its default message, so it is written for the person who will read it. `gateway.errors` translates the
+tree into each protocol's shape, and a test walks the tree to prove that translation total.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import ClassVar
+
+
+class StenogateError(Exception):
+    """Something went wrong inside Stenogate."""
+
+    code: ClassVar[str] = "INTERNAL"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None, *, param: str | None = None, retry_after_s: float | None = None):
+        self.message = message or inspect.cleandoc(type(self).__doc__ or "")
+        self.param = param
+        self.retry_after_s = retry_after_s
+        super().__init__(self.message)
