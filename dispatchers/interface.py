@@ -1,7 +1,7 @@
 """The seam between the gateway and everything that recognises speech.
 
-A `Dispatcher` turns audio into a transcript. Backends are dispatchers; adapters (`dispatchers.adapters`) are dispatchers
-made of dispatchers. All values that cross the seam are frozen dataclasses; every wire protocol is a codec to and from
+A `Dispatcher` turns audio into a transcript. Backends are dispatchers; adapters (`dispatchers.adapters`) are
+dispatchers made of dispatchers. All values that cross the seam are frozen dataclasses; every wire protocol is a codec to and from
 them. Audio is always mono 16-bit PCM at 16 kHz; times are integer milliseconds from the first accepted sample.
 """
 

@@ -1,16 +1,16 @@
 """Every refusal of the policy package.
 
-    PolicyError
-    ├── IdentityError         who is calling; says nothing that helps an attacker
-    │   ├── TokenMissing · TokenInvalid · TokenExpired · TokenRevoked
-    ├── Forbidden             known, and not allowed
-    │   ├── ScopeMissing · TenantSuspended · NotAllowed
-    ├── LimitReached          allowed, and too much of it
-    │   ├── BudgetExhausted · RateLimited · ConcurrencyLimited
-    ├── NoPrice               nothing is ever sold at an accidental zero
-    ├── NotFound              no such object, or another tenant's
-    ├── Conflict              it exists already, or is in a state that forbids this
-    └── Invalid               a value that cannot be accepted
+PolicyError
+├── IdentityError         who is calling; says nothing that helps an attacker
+│   ├── TokenMissing · TokenInvalid · TokenExpired · TokenRevoked
+├── Forbidden             known, and not allowed
+│   ├── ScopeMissing · TenantSuspended · NotAllowed
+├── LimitReached          allowed, and too much of it
+│   ├── BudgetExhausted · RateLimited · ConcurrencyLimited
+├── NoPrice               nothing is ever sold at an accidental zero
+├── NotFound              no such object, or another tenant's
+├── Conflict              it exists already, or is in a state that forbids this
+└── Invalid               a value that cannot be accepted
 """
 
 from __future__ import annotations

@@ -1,0 +1,86 @@
+"""Every setting, read once from the environment (`STENOGATE_…`). No other module reads the environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+KIB = 1024
+MIB = 1024 * KIB
+SECOND_MS = 1000
+MINUTE_MS = 60 * SECOND_MS
+
+
+class Settings(BaseSettings):
+    """What an operator may set. With none of it set, everything is embedded."""
+
+    model_config = SettingsConfigDict(env_prefix="STENOGATE_", frozen=True, extra="ignore")
+
+    data_dir: Path = Field(Path("data"), description="Where the embedded parts keep their files.")
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+
+    database_url: SecretStr | None = Field(
+        None, description="Postgres, as the app role that row-level security binds. Unset: an embedded Postgres."
+    )
+    system_database_url: SecretStr | None = Field(
+        None, description="Postgres, as the role that sees across tenants (authentication, chores)."
+    )
+    migration_database_url: SecretStr | None = Field(
+        None, description="Postgres, as the role that owns the tables; only `stenogate migrate` uses it."
+    )
+    database_pool: int = Field(10, ge=1, le=200, description="Connections per process and role.")
+    redis_url: SecretStr | None = Field(None, description="Redis for limits and arq. Unset: in process.")
+    blob_url: str | None = Field(None, description="file://, s3://, gs:// or az:// for uploads. Unset: the data dir.")
+
+    signing_key: SecretStr | None = Field(
+        None, description="HS256 key of gateway-issued tokens, at least 32 bytes; replicas share it. Unset: made once."
+    )
+    issuer: str = Field("stenogate", description="`iss` of gateway-issued tokens.")
+    audience: str = Field("stenogate", description="`aud` that tokens must carry.")
+    jwks_allow_http: bool = Field(False, description="Allow issuers' key sets over plain http (tests).")
+
+    model: str = Field("auto", description="Default: `auto`, `micro`, `pocketsphinx`, a Whisper name or a folder.")
+    whisper_model: str = Field("small", description="The faster-whisper model that `auto` looks for.")
+    model_cache_dir: Path | None = Field(None, description="Where downloaded models lie. Unset: the hub's own cache.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run.")
+    compute_type: str = Field("default", description="Of CTranslate2; `default`: int8 on CPU, float16 on GPU.")
+    engine_workers: int = Field(0, ge=0, le=64, description="Recognitions at once; 0: as many as cores.")
+    engine_queue: int = Field(256, ge=1, description="Recognitions waiting before a request is refused.")
+    backend: Literal["local", "scripted"] = Field(
+        "local", description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests."
+    )
+
+    max_upload_bytes: int = Field(2048 * MIB, ge=KIB, description="Largest upload accepted.")
+    job_threshold_bytes: int = Field(5 * MIB, ge=1, description="Uploads above this become jobs.")
+    job_threshold_ms: int = Field(5 * MINUTE_MS, ge=1, description="Recordings above this become jobs.")
+    upload_idle_s: float = Field(30.0, gt=0, description="An upload that sends nothing for so long is cut off.")
+    chunk_ms: int = Field(5 * MINUTE_MS, ge=10 * SECOND_MS, description="Longest piece of a job.")
+    job_workers: int = Field(1, ge=1, le=32, description="Jobs at once in one worker process.")
+    job_attempts: int = Field(3, ge=1, le=10, description="Tries before a job fails for good.")
+    job_lease_s: float = Field(60.0, gt=0, description="A job whose worker is silent for so long is taken over.")
+
+    max_streams: int = Field(256, ge=1, description="Live streams in one process.")
+    stream_idle_s: float = Field(60.0, gt=0, description="A live stream without any frame for so long is closed.")
+    token_in_url: bool = Field(False, description="Allow `?token=` on the WebSocket (tokens then reach proxy logs).")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_format: Literal["json", "console"] = Field("json", description="JSON lines, or lines for people.")
+
+    @field_validator("signing_key")
+    @classmethod
+    def _long_enough(cls, key: SecretStr | None) -> SecretStr | None:
+        if key is not None and len(key.get_secret_value().encode()) < 32:
+            raise ValueError("must be at least 32 bytes (RFC 7518, section 3.2); try `openssl rand -hex 32`")
+        return key
+
+    @field_validator("database_url", "system_database_url", "migration_database_url")
+    @classmethod
+    def _postgres(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and urlsplit(url.get_secret_value()).scheme not in ("postgres", "postgresql"):
+            raise ValueError("must start with postgresql://")
+        return url
