@@ -1,8 +1,8 @@
 """The seam between the gateway and everything that recognises speech.
 
 A `Dispatcher` turns audio into a transcript. Backends are dispatchers; adapters (`dispatchers.adapters`) are
-dispatchers made of dispatchers. All values that cross the seam are frozen dataclasses; every wire protocol is a codec to and from
-them. Audio is always mono 16-bit PCM at 16 kHz; times are integer milliseconds from the first accepted sample.
+dispatchers made of dispatchers. All values that cross the seam are frozen dataclasses; every wire protocol is a codec
+to and from them. Audio is always mono 16-bit PCM at 16 kHz; times are integer ms from the first accepted sample.
 """
 
 from __future__ import annotations
@@ -263,6 +263,10 @@ class Dispatcher(Protocol):
 
     @property
     def capabilities(self) -> Capabilities: ...
+
+    def origin(self, model: str) -> Origin:
+        """Who recognises when asked for this model. Raises `UnknownModel`."""
+        ...
 
     async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript: ...
 
