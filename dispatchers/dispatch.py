@@ -13,7 +13,6 @@ from uuid import UUID
 
 from dispatchers.errors import BackendUnavailable, DispatchError
 from dispatchers.interface import (
-    Delta,
     Dispatcher,
     Event,
     Final,
