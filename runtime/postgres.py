@@ -31,8 +31,8 @@ from runtime.postgres_binaries import (
     PostgresError,
     account_for,
     dies_with_us,
-    installed,
     programs,
+    programs_for,
     unprivileged,
 )
 
@@ -124,7 +124,7 @@ def _own_or_attach(home: Path, lock: IO[str]) -> EmbeddedServer | None:
 def _running(home: Path, *, fast: bool) -> Iterator[EmbeddedServer]:
     pgdata = home / "pgdata"
     account = account_for(pgdata)
-    bin_dir = programs(account)
+    bin_dir = programs_for(account)
     if not pgdata.exists():
         _initialise(home, pgdata, bin_dir, account)
     leftover = _published(home)
@@ -222,7 +222,7 @@ def _answers(process: subprocess.Popen[bytes], socket_dir: Path) -> bool:
 
 
 def _accepts(socket_dir: Path) -> bool:
-    command = [str(installed() / "bin" / "pg_isready"), "-q", "-h", str(socket_dir), "-p", str(PORT), "-t", "3"]
+    command = [str(programs() / "pg_isready"), "-q", "-h", str(socket_dir), "-p", str(PORT), "-t", "3"]
     return subprocess.run(command, check=False, timeout=10, **unprivileged(None)).returncode == 0  # noqa: S603
 
 

