@@ -1,0 +1,67 @@
+"""Deltas are append-only, and end as the final."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dispatchers.audio.stabilise import Stabiliser, normal
+
+words = st.lists(st.sampled_from(["we", "need", "to", "cancel", "We", "need,", "日", "本", "日本語", "a"]), max_size=6)
+texts = words.map(" ".join)
+
+
+def test_what_two_hypotheses_agree_on_is_firm_but_for_the_newest_word():
+    stabiliser = Stabiliser()
+    assert stabiliser.partial("we need") == (None, 0, "we need")
+    assert stabiliser.partial("we need to") == ("we need", 7, "we need to")
+    assert stabiliser.partial("we need to") == (None, 7, "we need to")
+    assert stabiliser.partial("we need to cancel") == (" to", 10, "we need to cancel")
+    assert stabiliser.final("we need to cancel the") == (" cancel the", False)
+
+
+def test_firm_text_is_shown_even_when_a_hypothesis_leaves_it():
+    stabiliser = Stabiliser()
+    stabiliser.partial("we need to go")
+    stabiliser.partial("we need to go")
+    assert stabiliser.partial("he needs to go now") == (None, 10, "we need to go now")
+    assert stabiliser.final("he needs to go") == (None, True)
+
+
+def test_nothing_firm_and_nothing_left():
+    assert Stabiliser().final("hello") == ("hello", False)
+    assert Stabiliser().final("  ") == (None, False)
+    stabiliser = Stabiliser()
+    stabiliser.partial("a b c")
+    stabiliser.partial("a b c")
+    assert stabiliser.final("a b") == (None, False)
+
+
+def test_scripts_without_spaces_firm_up_by_sign():
+    stabiliser = Stabiliser()
+    stabiliser.partial("今日は")
+    assert stabiliser.partial("今日は晴") == ("今日は", 3, "今日は晴")
+
+
+@given(st.lists(texts, max_size=8), texts)
+def test_deltas_are_never_taken_back(hypotheses: list[str], final: str):
+    stabiliser, sent = Stabiliser(), ""
+    for hypothesis in hypotheses:
+        delta, stable, shown = stabiliser.partial(hypothesis)
+        assert delta != ""
+        assert sent or not (delta or "").startswith(" ")
+        sent += delta or ""
+        assert shown[:stable] == sent
+        assert len(sent) == stable
+    delta, revised = stabiliser.final(final)
+    if revised:
+        assert delta is None
+        assert not normal(final).startswith(sent)
+    else:
+        assert sent + (delta or "") == normal(final)
+
+
+@given(words)
+def test_a_steady_recogniser_is_never_revised(said: list[str]):
+    stabiliser = Stabiliser()
+    for count in range(len(said)):
+        stabiliser.partial(" ".join(said[:count]))
+    assert stabiliser.final(" ".join(said))[1] is False
