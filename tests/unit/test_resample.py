@@ -1,5 +1,7 @@
 """Seamless resampling of live audio."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -33,7 +35,7 @@ def test_messages_of_any_length_give_the_same(rate: int):
     data = tone(rate).tobytes()
     chance = np.random.default_rng(rate)
     cuts = [0, *sorted(chance.integers(0, len(data), 60)), len(data)]
-    messages = [data[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    messages = [data[start:end] for start, end in pairwise(cuts)]
     assert any(len(message) % 2 for message in messages)
     assert np.array_equal(whole(Resampler(rate), *messages), whole(Resampler(rate), data))
 

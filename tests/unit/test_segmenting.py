@@ -1,0 +1,361 @@
+"""A stream made of a batch recogniser: what is said, in which order, and what happens when something goes wrong."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dispatchers.adapters.segmenting import Segmenting
+from dispatchers.audio.decode import load
+from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.scripted import Scripted
+from dispatchers.errors import BackendFailed, UnknownModel, UnsupportedOption
+from dispatchers.interface import (
+    Clear,
+    Cleared,
+    Delta,
+    Event,
+    Final,
+    Flush,
+    Flushed,
+    Gap,
+    Heard,
+    Options,
+    Origin,
+    Partial,
+    Pcm,
+    Samples,
+    Segment,
+    SpeechStarted,
+    StreamError,
+    StreamInput,
+    Transcript,
+    ignore,
+    to_ms,
+)
+
+LONG = Path(__file__).parents[2] / "dispatchers/engine/micro/samples/long.wav"
+FIRST_SPOKEN_MS, FIRST_DONE_MS, SECOND_SPOKEN_MS, SECOND_DONE_MS = 500, 1_730, 3_140, 5_930
+MID_FIRST = 1_300 * 16
+CHUNK = 1_600
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    while not happened():  # noqa: ASYNC110 - what is waited for knows no event
+        await asyncio.sleep(0.001)
+
+
+class Asked(Scripted):
+    """The scripted recogniser, its requests written down and held back or answered otherwise on demand."""
+
+    def __init__(self, answer: Callable[[Samples, Options], str | tuple[Segment, ...]] | None = None):
+        super().__init__()
+        self.requests: list[Options] = []
+        self.cancelled: list[Options] = []
+        self.gates: dict[str, asyncio.Event] = {}
+        self.at_once: dict[str, int] = {"partial": 0, "final": 0}
+        self.most_at_once = dict(self.at_once)
+        self._answer = answer
+
+    def hold(self, urgency: str) -> asyncio.Event:
+        return self.gates.setdefault(urgency, asyncio.Event())
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        kind = options.urgency
+        self.requests.append(options)
+        self.at_once[kind] += 1
+        self.most_at_once[kind] = max(self.most_at_once[kind], self.at_once[kind])
+        try:
+            if kind in self.gates:
+                await self.gates[kind].wait()
+            if self._answer is None:
+                return await super().transcribe(audio, options, heard)
+            said = self._answer(audio, options)
+        except asyncio.CancelledError:
+            self.cancelled.append(options)
+            raise
+        finally:
+            self.at_once[kind] -= 1
+        segments = (Segment(0, to_ms(len(audio)), said),) if isinstance(said, str) else said
+        text = " ".join(segment.text for segment in segments)
+        return Transcript(text, "en", to_ms(len(audio)), segments, Origin("scripted", "scripted", "scripted"))
+
+    async def idle(self) -> None:
+        """Until nothing that may go on is being transcribed."""
+        await asyncio.sleep(0.002)
+        await until(lambda: not any(count for kind, count in self.at_once.items() if kind not in self.gates))
+
+
+@pytest.fixture(scope="module")
+def vad() -> SileroVad:
+    return SileroVad.load()
+
+
+@pytest.fixture(scope="module")
+def speech() -> Samples:
+    return load(LONG)
+
+
+async def talk(batch: Asked | None, *parts: Samples | Flush | Clear) -> AsyncIterator[StreamInput]:
+    """100 ms at a time; given the recogniser, as a slow speaker, who lets each answer come first."""
+    for part in parts:
+        if isinstance(part, Flush | Clear):
+            yield part
+            continue
+        for at in range(0, len(part), CHUNK):
+            yield Pcm(part[at : at + CHUNK])
+            if batch is not None:
+                await batch.idle()
+
+
+async def hear(
+    vad: SileroVad, batch: Asked, *parts: Samples | Flush | Clear, options: Options | None = None
+) -> list[Event]:
+    adapter = Segmenting(batch, vad)
+    async with adapter.stream(talk(batch, *parts), options or Options()) as events:
+        said = [event async for event in events]
+    await adapter.aclose()
+    return said
+
+
+def of(events: list[Event], *kinds: type) -> list[Event]:
+    return [event for event in events if isinstance(event, kinds)]
+
+
+async def test_an_utterance_in_full(vad: SileroVad, speech: Samples):
+    events = await hear(vad, Asked(), speech[: 3_000 * 16], options=Options(words=True))
+    started, *middle, final = events
+    assert isinstance(started, SpeechStarted)
+    assert 0 <= started.start_ms <= FIRST_SPOKEN_MS
+    assert isinstance(final, Final)
+    assert (final.utterance, final.start_ms, final.revised) == (1, started.start_ms, False)
+    assert FIRST_DONE_MS <= final.end_ms <= FIRST_DONE_MS + 400
+    assert final.text == "the quick brown fox"[: len(final.text)]
+    assert [word.text for word in final.words] == final.text.split()
+    assert final.words[0].start_ms == final.start_ms
+    assert final.words[-1].end_ms <= final.end_ms
+    assert {type(event) for event in middle} == {Partial, Delta}
+    assert "".join(event.text for event in middle if isinstance(event, Delta)) == final.text
+
+
+async def test_partials_begin_with_the_deltas(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    events = await hear(vad, batch, speech[: 12_500 * 16])
+    assert len(of(events, Final)) >= 3
+    sent: dict[int, str] = {}
+    for event in events:
+        if isinstance(event, Delta):
+            sent[event.utterance] = sent.get(event.utterance, "") + event.text
+        elif isinstance(event, Partial):
+            assert event.text[: event.stable] == sent.get(event.utterance, "")
+        elif isinstance(event, Final):
+            assert event.text == sent[event.utterance]
+    numbers = [event.utterance for event in of(events, Final)]
+    assert numbers == [event.utterance for event in of(events, SpeechStarted)] == list(range(1, len(numbers) + 1))
+    assert {options.urgency for options in batch.requests} == {"partial", "final"}
+
+
+async def test_the_first_partial_is_asked_for_within_half_a_second_of_speech(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    fed = 0
+
+    async def until_asked() -> AsyncIterator[StreamInput]:
+        nonlocal fed
+        async for item in talk(batch, speech[: 3_000 * 16]):
+            if not batch.requests and isinstance(item, Pcm):
+                fed += len(item.samples)
+            yield item
+
+    async with Segmenting(batch, vad).stream(until_asked(), Options()) as events:
+        assert [event async for event in events]
+    assert to_ms(fed) <= FIRST_SPOKEN_MS + 400
+
+
+async def test_without_partials_there_are_no_deltas_either(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    events = await hear(vad, batch, speech[: 6_900 * 16], options=Options(partials=False))
+    assert {type(event) for event in events} == {SpeechStarted, Final}
+    assert {options.urgency for options in batch.requests} == {"final"}
+
+
+async def test_flush_answers_at_once_and_loses_nothing(vad: SileroVad, speech: Samples):
+    events = await hear(vad, Asked(), speech[:MID_FIRST], Flush(), np.zeros(16_000, np.int16), Flush())
+    final, flushed, again = of(events, Final, Flushed)
+    assert isinstance(final, Final)
+    assert final.end_ms == to_ms(MID_FIRST)
+    assert flushed == Flushed(to_ms(MID_FIRST))
+    assert again == Flushed(to_ms(MID_FIRST) + 1_000)
+
+
+async def test_the_end_of_input_finishes_the_tail(vad: SileroVad, speech: Samples):
+    events = await hear(vad, Asked(), speech[: MID_FIRST + 77])
+    assert isinstance(events[-1], Final)
+    assert events[-1].end_ms == to_ms(MID_FIRST + 77)
+
+
+async def test_clear_drops_the_utterance_and_says_so(vad: SileroVad, speech: Samples):
+    events = await hear(vad, Asked(), speech[:MID_FIRST], Clear(), np.zeros(16_000, np.int16), Clear())
+    started, *_, gap, cleared, again = events
+    assert isinstance(started, SpeechStarted)
+    assert gap == Gap(started.start_ms, to_ms(MID_FIRST), "cleared")
+    assert cleared == Cleared(to_ms(MID_FIRST))
+    assert again == Cleared(to_ms(MID_FIRST) + 1_000)
+    assert not of(events, Final)
+
+
+async def test_silence_and_nothing_say_nothing(vad: SileroVad):
+    assert await hear(vad, Asked()) == []
+    assert await hear(vad, Asked(), np.zeros(32_000, np.int16)) == []
+    assert await hear(vad, Asked(), np.empty(0, np.int16), Flush()) == [Flushed(0)]
+
+
+async def test_a_failed_final_is_a_gap_and_the_stream_goes_on(vad: SileroVad, speech: Samples):
+    finals = 0
+
+    def answer(_: Samples, options: Options) -> str:
+        nonlocal finals
+        finals += options.urgency == "final"
+        if options.urgency == "final" and finals == 1:
+            raise BackendFailed
+        return "well said"
+
+    events = await hear(vad, Asked(answer), speech[: 6_900 * 16])
+    error, gap, final, *_ = of(events, StreamError, Gap, Final)
+    assert isinstance(error, StreamError)
+    assert (error.code, error.retryable, error.fatal) == ("BACKEND_FAILED", True, False)
+    assert isinstance(gap, Gap)
+    assert gap.start_ms <= FIRST_SPOKEN_MS < FIRST_DONE_MS <= gap.end_ms
+    assert isinstance(final, Final)
+    assert (final.utterance, final.text) == (2, "well said")
+
+
+async def test_failed_partials_cost_nothing(vad: SileroVad, speech: Samples):
+    def answer(_: Samples, options: Options) -> str:
+        if options.urgency == "partial":
+            raise BackendFailed
+        return "well said"
+
+    events = await hear(vad, Asked(answer), speech[: 3_000 * 16])
+    assert [type(event) for event in events] == [SpeechStarted, Delta, Final]
+
+
+async def test_a_wrong_option_ends_the_stream_as_itself(vad: SileroVad, speech: Samples):
+    def answer(_: Samples, __: Options) -> str:
+        raise UnsupportedOption
+
+    with pytest.raises(UnsupportedOption):
+        await hear(vad, Asked(answer), speech[: 3_000 * 16])
+    with pytest.raises(UnknownModel):
+        await hear(vad, Asked(), options=Options(model="none"))
+
+
+async def test_the_speakers_own_failure_ends_the_stream_as_itself(vad: SileroVad, speech: Samples):
+    async def lost() -> AsyncIterator[StreamInput]:
+        yield Pcm(speech[:MID_FIRST])
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        async with Segmenting(Asked(), vad).stream(lost(), Options()) as events:
+            assert [event async for event in events]
+
+
+async def test_a_final_that_leaves_the_deltas_is_revised(vad: SileroVad, speech: Samples):
+    events = await hear(
+        vad,
+        Asked(lambda _, options: "one two three" if options.urgency == "partial" else "three two one"),
+        speech[: 3_000 * 16],
+    )
+    assert [event.text for event in of(events, Delta)] == ["one two"]
+    assert isinstance(events[-1], Final)
+    assert (events[-1].text, events[-1].revised) == ("three two one", True)
+
+
+@pytest.mark.parametrize(
+    "doubtful",
+    [
+        Segment(0, 500, "Thanks for watching", no_speech_prob=0.9, avg_logprob=-1.5),
+        Segment(0, 500, "no no no no no no", compression_ratio=2.5),
+    ],
+)
+async def test_what_whisper_makes_of_silence_is_dropped(vad: SileroVad, speech: Samples, doubtful: Segment):
+    sure = Segment(500, 900, "we are here", no_speech_prob=0.9, avg_logprob=-0.5)
+    events = await hear(vad, Asked(lambda *_: (doubtful, sure)), speech[: 3_000 * 16])
+    assert {event.text for event in of(events, Partial, Final)} == {"we are here"}
+    (final,) = of(await hear(vad, Asked(lambda *_: (doubtful,)), speech[: 3_000 * 16]), Final, Partial, Delta)
+    assert isinstance(final, Final)
+    assert (final.text, final.confidence) == ("", 0.0)
+
+
+async def test_listening_goes_on_while_a_final_is_slow(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    gate = batch.hold("final")
+    seen: list[Event] = []
+    async with Segmenting(batch, vad).stream(talk(batch, speech[: 6_900 * 16]), Options()) as events:
+        async for event in events:
+            seen.append(event)
+            if isinstance(event, Partial) and event.utterance == 2 and not gate.is_set():
+                assert not of(seen, Final)
+                gate.set()
+    assert [event.utterance for event in of(seen, Final)][:2] == [1, 2]
+
+
+async def test_a_slow_partial_holds_nothing_up_and_is_never_doubled(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    batch.hold("partial")
+    events = await hear(vad, batch, speech[: 6_900 * 16])
+    assert len(of(events, Final)) >= 2
+    assert not of(events, Partial)
+    assert batch.most_at_once == {"partial": 1, "final": 1}
+    assert {options.urgency for options in batch.cancelled} == {"partial"}
+
+
+async def test_a_reader_who_stops_stops_the_speaker(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    batch.hold("final")
+    taken = 0
+
+    async def counted() -> AsyncIterator[StreamInput]:
+        nonlocal taken
+        async for item in talk(None, speech):
+            taken += 1
+            yield item
+
+    async with Segmenting(batch, vad).stream(counted(), Options(partials=False)):
+        before = -1
+        while taken != before:
+            before = taken
+            await asyncio.sleep(0.3)
+    assert 0 < taken < len(speech) // CHUNK
+
+
+async def test_leaving_early_leaves_nothing_behind(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    batch.hold("final")
+    before = asyncio.all_tasks()
+    async with Segmenting(batch, vad).stream(talk(None, speech[: 6_900 * 16]), Options(partials=False)) as events:
+        assert isinstance(await anext(events), SpeechStarted)
+        await until(lambda: bool(batch.requests))
+    assert asyncio.all_tasks() == before
+    assert [options.urgency for options in batch.cancelled] == ["final"]
+
+
+async def test_a_cancelled_reader_leaves_nothing_behind(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    batch.hold("final")
+    before = asyncio.all_tasks()
+    reader = asyncio.create_task(hear(vad, batch, speech[: 3_000 * 16]))
+    await until(lambda: any(options.urgency == "final" for options in batch.requests))
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    assert asyncio.all_tasks() == before
+
+
+async def test_options_go_through_unchanged(vad: SileroVad, speech: Samples):
+    options = Options(language="en", prompt="names", share="t1", words=True)
+    batch = Asked()
+    await hear(vad, batch, speech[: 3_000 * 16], options=options)
+    assert {replace(asked, urgency="batch") for asked in batch.requests} == {options}
