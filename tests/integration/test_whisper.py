@@ -1,0 +1,129 @@
+"""The real engine on the shipped micro model."""
+
+import csv
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dispatchers.engine
+from dispatchers.engine.models import MICRO
+from dispatchers.engine.whisper import WhisperEngine, threads, window
+from dispatchers.errors import UnsupportedOption
+from dispatchers.interface import Options, Samples, Segment
+from dispatchers.wer import word_errors
+
+SAMPLES = Path(dispatchers.engine.__file__).parent / "micro" / "samples"
+EXACT = [f"clip{n:02}" for n in range(1, 13) if n != 11]
+
+
+def read(name: str) -> Samples:
+    with wave.open(str(SAMPLES / f"{name}.wav")) as file:
+        return np.frombuffer(file.readframes(file.getnframes()), np.int16)
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (SAMPLES / f"{name}.tsv").open() as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+CLIPS = {row["file"].removesuffix(".wav"): row for row in rows("transcripts")}
+LONG = " ".join(row["text"] for row in rows("long"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[WhisperEngine]:
+    engine = WhisperEngine(MICRO, Path(MICRO.source), device="cpu", cores=2)
+    yield engine
+    engine.close()
+
+
+def hear(engine: WhisperEngine, samples: Samples, options: Options = Options()) -> tuple[str, str, list[Segment]]:  # noqa: B008
+    segments: list[Segment] = []
+    result = engine.transcribe(samples, options, segments.append, lambda: False)
+    return result.text, result.language, segments
+
+
+@pytest.mark.parametrize("options", [Options(), Options(words=True, language="en"), Options(urgency="partial")])
+def test_clips(engine: WhisperEngine, options: Options) -> None:
+    heard = {name: hear(engine, read(name), options)[0] for name in CLIPS}
+    assert {name: heard[name] for name in EXACT} == {name: CLIPS[name]["text"] for name in EXACT}
+    errors, words = word_errors(CLIPS["clip11"]["text"], heard["clip11"])
+    assert errors <= 1, f"{errors} of {words}"
+
+
+@pytest.mark.parametrize("options", [Options(), Options(words=True)])
+def test_a_long_recording(engine: WhisperEngine, options: Options) -> None:
+    text, language, segments = hear(engine, read("long"), options)
+    errors, words = word_errors(LONG, text)
+    assert errors / words <= 0.02
+    assert language == "en"
+    assert [segment.start_ms for segment in segments] == sorted(segment.start_ms for segment in segments)
+    assert segments[-1].end_ms <= 60_000
+
+
+def test_word_times(engine: WhisperEngine) -> None:
+    row = CLIPS["clip09"]
+    _, _, segments = hear(engine, read("clip09"), Options(words=True))
+    words = [word for segment in segments for word in segment.words]
+    assert [word.text for word in words] == row["text"].split()
+    assert all(0 <= word.start_ms <= word.end_ms and 0 <= word.confidence <= 1 for word in words)
+    assert abs(words[0].start_ms - float(row["speech_start"]) * 1000) < 350
+    assert abs(words[-1].end_ms - float(row["speech_end"]) * 1000) < 350
+
+
+def test_a_segment_is_clean(engine: WhisperEngine) -> None:
+    _, _, [segment] = hear(engine, read("clip09"))
+    assert segment.text == segment.text.strip() == CLIPS["clip09"]["text"]
+    assert segment.words == ()
+    assert segment.tokens
+    assert max(segment.tokens) < 900
+    assert segment.avg_logprob < 0
+    assert segment.temperature == 0
+
+
+@pytest.mark.parametrize("seconds", [0.1, 3, 12])
+def test_silence_is_no_text(engine: WhisperEngine, seconds: float) -> None:
+    assert hear(engine, np.zeros(int(16_000 * seconds), np.int16)) == ("", "en", [])
+
+
+def test_padding_is_cut_without_changing_the_text(engine: WhisperEngine) -> None:
+    padded = WhisperEngine(MICRO, Path(MICRO.source), device="cpu", cores=2, shortest_window=3000)
+    for name in EXACT[:4]:
+        assert hear(padded, read(name))[0] == hear(engine, read(name))[0]
+    padded.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "shortest", "frames"),
+    [(0, 1000, 1000), (300, 1000, 1000), (501, 1000, 1002), (1000, 1000, 2000), (2000, 1000, 3000), (10, 3000, 3000)],
+)
+def test_window(content: int, shortest: int, frames: int) -> None:
+    assert window(content, shortest) == frames
+
+
+def test_threads_go_by_size() -> None:
+    assert threads(8, 4_000_000) == (8, 1)
+    assert threads(8, 500_000_000) == (2, 4)
+    assert threads(2, 500_000_000) == (1, 2)
+    assert threads(1, 500_000_000) == (1, 1)
+
+
+def test_options_reach_the_model(engine: WhisperEngine) -> None:
+    options = Options(prompt="hello " * 500, hotwords=("dog", "address") * 300, temperature=0.0, language="de")
+    text, language, _ = hear(engine, read("clip05"), options)
+    assert language == "de"
+    assert text
+
+
+def test_a_language_that_whisper_does_not_know(engine: WhisperEngine) -> None:
+    with pytest.raises(UnsupportedOption):
+        hear(engine, read("clip05"), Options(language="xx"))
+
+
+def test_cancelling_stops_between_segments(engine: WhisperEngine) -> None:
+    segments: list[Segment] = []
+    engine.transcribe(read("long"), Options(), segments.append, lambda: len(segments) >= 2)
+    assert len(segments) == 2
