@@ -60,6 +60,9 @@ MICRO = ModelSpec(
 """The shipped test model: 260 English words, synthetic voices. Whatever language and task it is given, it answers in
 English."""
 
+MICRO_SAMPLES = Path(__file__).parent / "micro" / "samples"
+"""Recordings the test model was made for, with their texts."""
+
 POCKETSPHINX = ModelSpec(name="pocketsphinx", engine="pocketsphinx", translate=False, languages=ENGLISH)
 
 

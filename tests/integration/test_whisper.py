@@ -84,7 +84,7 @@ def test_a_segment_is_clean(engine: WhisperEngine) -> None:
     assert segment.temperature == 0
 
 
-@pytest.mark.parametrize("seconds", [0.1, 3, 12])
+@pytest.mark.parametrize("seconds", [0, 0.005, 0.1, 3, 12])
 def test_silence_is_no_text(engine: WhisperEngine, seconds: float) -> None:
     assert hear(engine, np.zeros(int(16_000 * seconds), np.int16)) == ("", "en", [])
 
@@ -127,3 +127,22 @@ def test_cancelling_stops_between_segments(engine: WhisperEngine) -> None:
     segments: list[Segment] = []
     engine.transcribe(read("long"), Options(), segments.append, lambda: len(segments) >= 2)
     assert len(segments) == 2
+
+
+def test_detecting_the_language_costs_no_second_encoding(
+    engine: WhisperEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from faster_whisper import WhisperModel
+
+    windows: list[int] = []
+    encode = WhisperModel.encode
+
+    def count(self: WhisperModel, features: np.ndarray) -> object:
+        windows.append(features.shape[-1])
+        return encode(self, features)
+
+    monkeypatch.setattr(WhisperModel, "encode", count)
+    assert hear(engine, read("clip09"))[:2] == (CLIPS["clip09"]["text"], "en")
+    assert windows == [1000]
+    assert hear(engine, read("clip05"), Options(language="en"))[0] == CLIPS["clip05"]["text"]
+    assert windows == [1000, 1000]
