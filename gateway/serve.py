@@ -1,0 +1,142 @@
+"""The gateway process: opens what it stands on, listens, and closes it all again.
+
+With no database named, it is everything at once: an embedded Postgres, workers in the same process, and a tenant to try
+it with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+
+import uvicorn
+import uvloop
+
+from dispatchers.assembly import open_door
+from gateway.app import create_app
+from gateway.demo_tenant import DEMO, ensure_demo_tenant
+from gateway.state import Gateway
+from policy.identity import SCOPES, mint
+from runtime.embedded import with_database
+from runtime.resources import Resources, open_resources
+from runtime.settings import KIB, Settings
+from runtime.telemetry import configure_logging, watch_loop_lag
+from workers.main import open_jobs
+
+TOKEN_TTL_S = 24 * 3600
+SHUTDOWN_S = 20
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """Where a gateway listens, which model it answers with and, when embedded, a token for its demo tenant."""
+
+    url: str
+    model: str
+    model_note: str | None
+    token: str | None
+
+
+def serve(settings: Settings, announce: Callable[[Announcement], None]) -> None:
+    """Serves until SIGINT or SIGTERM. Blocking; for the main thread. Raises `OSError` when the port is taken."""
+    configure_logging(settings.log_level, settings.log_format)
+    embedded = settings.database_url is None
+    with _listening(settings) as listener, with_database(settings) as completed:
+        uvloop.run(_serve(completed, listener, announce, embedded=embedded))
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that says when it is listening."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]):
+        super().__init__(config)
+        self._started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._started()
+
+
+async def _serve(
+    settings: Settings, listener: socket.socket, announce: Callable[[Announcement], None], *, embedded: bool
+) -> None:
+    async with open_gateway(settings) as (gateway, note):
+        token = await _demo_token(gateway.resources) if embedded else None
+        host, port = listener.getsockname()[:2]
+        announcement = Announcement(f"http://{host}:{port}", gateway.catalogue()[0].name, note, token)
+        with _announced(settings, announcement):
+            await _Server(uvicorn_config(gateway), lambda: announce(announcement)).serve(sockets=[listener])
+
+
+@asynccontextmanager
+async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str | None]]:
+    """Everything a gateway process holds, its default model loaded, and what `auto` has to say about that model."""
+    async with AsyncExitStack() as stack:
+        resources = await stack.enter_async_context(open_resources(settings))
+        opened = await stack.enter_async_context(open_door(resources))
+        jobs = await stack.enter_async_context(open_jobs(resources, opened.door))
+        lag = asyncio.create_task(watch_loop_lag(0.1))
+        stack.callback(lag.cancel)
+        yield Gateway(settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue), opened.model_note
+
+
+def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
+    """How we listen. Sockets are handed over open, so nothing races for the port."""
+    return uvicorn.Config(
+        create_app(gateway),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,  # speech does not compress, and inflating is a way in for bombs
+        ws_max_size=512 * KIB,  # above the protocol's own limit, so that ours answers with its code
+        h11_max_incomplete_event_size=64 * KIB,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+    )
+
+
+async def _demo_token(resources: Resources) -> str:
+    tenant = await ensure_demo_tenant(resources.database)
+    settings = resources.settings
+    return mint(
+        resources.signing_key,
+        issuer=settings.issuer,
+        audience=settings.audience,
+        tenant=tenant,
+        subject=DEMO,
+        scopes=SCOPES,
+        ttl_s=TOKEN_TTL_S,
+    )
+
+
+@contextmanager
+def _listening(settings: Settings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+        yield listener
+
+
+@contextmanager
+def _announced(settings: Settings, announcement: Announcement) -> Iterator[None]:
+    """`serve.json` in the data dir, readable by its owner only: how other commands find this gateway."""
+    path = settings.data_dir / "serve.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(asdict(announcement) | {"pid": os.getpid()}, file)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
