@@ -12,6 +12,7 @@ from dispatchers.interface import (
     Event,
     Heard,
     Options,
+    Origin,
     Samples,
     Segment,
     StreamInput,
@@ -48,6 +49,10 @@ class Fallback:
             languages=frozenset.intersection(*limited) if limited else None,
             models=tuple(model for model in each[0].models if all(model in one.models for one in each)),
         )
+
+    def origin(self, model: str) -> Origin:
+        """The first leg's: who is asked first. A transcript names who answered."""
+        return self._legs[0].origin(model)
 
     async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
         spoken = False

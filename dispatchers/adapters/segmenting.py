@@ -19,7 +19,7 @@ import numpy as np
 from dispatchers.audio.segment import Ended, Segmenter, Started
 from dispatchers.audio.stabilise import Stabiliser, normal
 from dispatchers.audio.vad import SileroVad
-from dispatchers.errors import AudioError, BackendError, UnknownModel
+from dispatchers.errors import AudioError, BackendError
 from dispatchers.interface import (
     SAMPLE_RATE,
     SAMPLES_PER_MS,
@@ -35,6 +35,7 @@ from dispatchers.interface import (
     Gap,
     Heard,
     Options,
+    Origin,
     Partial,
     Pcm,
     Samples,
@@ -77,15 +78,15 @@ class Segmenting:
     def capabilities(self) -> Capabilities:
         return replace(self._batch.capabilities, stream=True, partials=True)
 
+    def origin(self, model: str) -> Origin:
+        return self._batch.origin(model)
+
     async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
         return await self._batch.transcribe(audio, options, heard)
 
     def stream(
         self, audio: AsyncIterator[StreamInput], options: Options
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        models = self._batch.capabilities.models
-        if options.model and models and options.model not in models:
-            raise UnknownModel(param="model")
         return _streaming(_Stream(self._batch, self._vad, self._threads, self._interval, options), audio)
 
     async def aclose(self) -> None:

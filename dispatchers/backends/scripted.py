@@ -57,9 +57,13 @@ class Scripted:
     def capabilities(self) -> Capabilities:
         return Capabilities(words=True, translate=True, prompt=True, models=(MODEL,))
 
-    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
-        if options.model not in ("", MODEL):
+    def origin(self, model: str) -> Origin:
+        if model not in ("", MODEL):
             raise UnknownModel(param="model")
+        return Origin("scripted", "scripted", MODEL)
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        origin = self.origin(options.model)
         segments: list[Segment] = []
         for segment in self._segments(to_ms(len(audio)), options.words):
             if self._fail is not None and len(segments) == self._fail_after:
@@ -74,7 +78,7 @@ class Scripted:
             language=options.language or "en",
             duration_ms=to_ms(len(audio)),
             segments=tuple(segments),
-            origin=Origin("scripted", "scripted", MODEL),
+            origin=origin,
             task=options.task,
         )
 

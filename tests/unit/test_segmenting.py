@@ -249,7 +249,7 @@ async def test_a_wrong_option_ends_the_stream_as_itself(vad: SileroVad, speech: 
     with pytest.raises(UnsupportedOption):
         await hear(vad, Asked(answer), speech[: 3_000 * 16])
     with pytest.raises(UnknownModel):
-        await hear(vad, Asked(), options=Options(model="none"))
+        await hear(vad, Asked(), speech[: 3_000 * 16], options=Options(model="none"))
 
 
 async def test_the_speakers_own_failure_ends_the_stream_as_itself(vad: SileroVad, speech: Samples):
