@@ -9,6 +9,9 @@ PolicyError
 │   ├── BudgetExhausted · RateLimited · ConcurrencyLimited
 ├── NoPrice               nothing is ever sold at an accidental zero
 ├── NotFound              no such object, or another tenant's
+│   └── ModelNotFound
+├── NothingUp             everything that is allowed is down
+├── LedgerUnavailable     the database cannot be reached, so nothing can be sold
 ├── Conflict              it exists already, or is in a state that forbids this
 └── Invalid               a value that cannot be accepted
 """
@@ -108,6 +111,19 @@ class NotFound(PolicyError):
     code = "NOT_FOUND"
 
 
+class ModelNotFound(NotFound):
+    """There is no such model. `GET /v1/models` lists the models you may use."""
+
+    code = "MODEL_NOT_FOUND"
+
+
+class NothingUp(PolicyError):
+    """No backend that the tenant's policy allows is available now. Try again shortly."""
+
+    code = "BACKEND_UNAVAILABLE"
+    retryable = True
+
+
 class Conflict(PolicyError):
     """The object exists already, or its state forbids this."""
 
@@ -118,3 +134,10 @@ class Invalid(PolicyError):
     """A value cannot be accepted."""
 
     code = "BAD_PARAMETERS"
+
+
+class LedgerUnavailable(PolicyError):
+    """The database cannot be reached. Try again in a few seconds."""
+
+    code = "DATABASE_UNAVAILABLE"
+    retryable = True

@@ -91,6 +91,7 @@ create table budgets (
     created_at timestamptz not null default now(),
     primary key (tenant_id, id)
 );
+create unique index budgets_one_active on budgets (tenant_id, period, hard) where active;
 
 create table budget_windows (
     tenant_id    uuid not null,
@@ -125,6 +126,7 @@ create table sessions (
     ended_at       timestamptz,
     accepted_ms    bigint not null default 0 check (accepted_ms >= 0),
     billed_ms      bigint not null default 0 check (billed_ms >= 0),
+    held_ms        bigint not null default 0 check (held_ms >= 0),
     segments       int not null default 0,
     utterances     int not null default 0,
     words          int not null default 0,

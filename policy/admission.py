@@ -1,0 +1,193 @@
+"""Admission: the one way to a session, and what becomes of it however its holder leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from uuid import UUID
+
+import structlog
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from policy import budget, policies, quota, sessions, tenants
+from policy.errors import Conflict, NoPrice, PolicyError, TenantSuspended
+from policy.identity import Caller
+from policy.lease import Extra, Lease, Receipt, hold_until
+from policy.outage import ledger_reachable
+from policy.policies import Policy
+from policy.pricing import Price, most_expensive, price_for
+from policy.resolve import Candidate, Decision, Demand, Refusal
+from policy.sessions import Kind, Outcome
+from runtime.coordination import Coordination
+from runtime.database import Database, Transaction
+from runtime.errors import StenogateError
+from runtime.ids import uuid7
+
+__all__ = ["Admission", "Extra", "Lease", "Outcome", "Receipt", "reap"]
+
+log = structlog.get_logger(__name__)
+
+FIRST_BLOCKS = 2
+CLOSE_TIMEOUT_S = 10.0
+HEARTBEAT_S = 60.0
+
+
+class Admission:
+    """Admits within the tenant's limits and budget. `block_ms` is how much audio a stream is metered by."""
+
+    def __init__(self, database: Database, coordination: Coordination, *, block_ms: int = 15_000):
+        self._database = database
+        self._coordination = coordination
+        self._block_ms = block_ms
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def admit(self, caller: Caller, demand: Demand, policy: Policy, decision: Decision) -> AsyncIterator[Lease]:
+        """A new session: a seat while inside, its row, and a hold for `demand.audio_ms`, or for two blocks where the
+        length is not known. A candidate without a price is dropped from the lease's decision.
+
+        Whoever leaves without having settled with an outcome, or detached, leaves a failed session and no hold.
+
+        Raises `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`, `TenantSuspended`, `NoPrice`,
+        `BudgetExhausted`, `LedgerUnavailable`.
+        """
+        session_id = uuid7()
+        async with quota.admitted(self._coordination, caller.tenant_id, session_id, demand.kind, policy.body):
+            lease = await self._open(session_id, caller, demand, policy, decision)
+            alive = asyncio.create_task(self._keep_alive(lease))
+            try:
+                yield lease
+            except (Exception, asyncio.CancelledError) as error:
+                await self._leave(lease, _ending(error, demand.kind))
+                raise
+            else:
+                await self._leave(lease, Outcome("failed", code=StenogateError.code))
+            finally:
+                alive.cancel()
+
+    @asynccontextmanager
+    async def attached(self, tenant_id: UUID, session_id: UUID) -> AsyncIterator[Lease]:
+        """The lease of an open session that its admission detached. Leaving ends nothing: its holder settles it with an
+        outcome, fails it, or leaves it to the next one to attach. Raises `NotFound`, `Conflict`, `LedgerUnavailable`.
+        """
+        with ledger_reachable():
+            async with self._database.tenant(tenant_id) as tx:
+                session = await sessions.get(tx, tenant_id, session_id)
+                if session.status != "open":
+                    raise Conflict("The session has ended.")
+                policy = await policies.at_version(tx, tenant_id, session.policy_version)
+                candidates = session.decision.candidates
+                prices = await _prices(tx, tenant_id, candidates, session.currency, at=session.started_at)
+        yield Lease(self._database, session, policy, prices)
+
+    async def _open(
+        self, session_id: UUID, caller: Caller, demand: Demand, policy: Policy, decision: Decision
+    ) -> Lease:
+        with ledger_reachable():
+            async with self._database.tenant(caller.tenant_id) as tx:
+                tenant = await tenants.by_id(tx, caller.tenant_id)
+                if tenant.status != "active":
+                    raise TenantSuspended
+                prices = await _prices(tx, tenant.id, decision.candidates, tenant.currency)
+                await sessions.open_session(
+                    tx,
+                    tenant.id,
+                    session_id,
+                    subject=caller.subject,
+                    demand=demand,
+                    policy_version=policy.version,
+                    decision=_priced(decision, prices, tenant.currency),
+                    currency=tenant.currency,
+                )
+                first_ms = FIRST_BLOCKS * self._block_ms if demand.audio_ms is None else demand.audio_ms
+                dearest = most_expensive(prices.values())
+                await hold_until(tx, tenant.id, session_id, first_ms, dearest.price_nano_per_hour)
+                session = await sessions.get(tx, tenant.id, session_id)
+        return Lease(self._database, session, policy, prices)
+
+    async def _keep_alive(self, lease: Lease) -> None:
+        """A session may go a long time without a settle: a stream that is silent, a file in a queue."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            with suppress(OSError, SQLAlchemyError):  # the next beat tries again; the reaper is far slower
+                async with self._database.tenant(lease.tenant_id) as tx:
+                    await sessions.touch(tx, lease.tenant_id, lease.session_id)
+
+    async def _leave(self, lease: Lease, outcome: Outcome) -> None:
+        """Ends the session unless it has ended or is detached. A cancellation meanwhile does not stop that."""
+        if lease.closed or lease.detached:
+            return
+        task = asyncio.create_task(_end(lease, outcome))
+        self._closing.add(task)  # the loop itself keeps no task alive
+        task.add_done_callback(self._closing.discard)
+        await asyncio.shield(task)
+
+
+async def reap(database: Database, older_than_s: int) -> int:
+    """Ends, as interrupted, the sessions that a crash left open: streams and files not seen for so long, and jobs of
+    which there is no trace. Returns how many. Several may run at once."""
+    count = 0
+    while True:
+        async with database.across_tenants("sessions that a crash left open") as tx:
+            row = (await tx.execute(_ABANDONED, {"seconds": older_than_s})).one_or_none()
+            if row is None:
+                return count
+            await sessions.close_session(tx, row.tenant_id, row.id, Outcome("interrupted"))
+            await budget.release(tx, row.tenant_id, row.id)
+        count += 1
+        log.warning("admission.reaped", session_id=str(row.id), tenant_id=str(row.tenant_id))
+
+
+async def _end(lease: Lease, outcome: Outcome) -> None:
+    """Whatever the database says now, it must not hide why we are leaving; the reaper finds what stays open."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await lease.end(outcome)
+    except (PolicyError, SQLAlchemyError, TimeoutError) as error:
+        log.warning("admission.not_closed", session_id=str(lease.session_id), error=type(error).__name__)
+
+
+def _ending(error: BaseException, kind: Kind) -> Outcome:
+    if isinstance(error, asyncio.CancelledError):
+        return Outcome("interrupted" if kind == "stream" else "cancelled")
+    return Outcome("failed", code=error.code if isinstance(error, StenogateError) else StenogateError.code)
+
+
+async def _prices(
+    tx: Transaction, tenant_id: UUID, candidates: Sequence[Candidate], currency: str, *, at: datetime | None = None
+) -> dict[tuple[str, str], Price]:
+    """The price of every candidate that has one. Raises `NoPrice` when none has."""
+    found: dict[tuple[str, str], Price] = {}
+    missing: NoPrice | None = None
+    for candidate in candidates:
+        key = candidate.backend, candidate.model
+        try:
+            found[key] = await price_for(tx, tenant_id, *key, currency, at=at)
+        except NoPrice as error:
+            missing = missing or error
+    if not found:
+        raise missing or NoPrice()
+    return found
+
+
+def _priced(decision: Decision, prices: dict[tuple[str, str], Price], currency: str) -> Decision:
+    """The decision without the candidates that are not for sale."""
+    kept = tuple(each for each in decision.candidates if (each.backend, each.model) in prices)
+    dropped = tuple(
+        Refusal(each.backend, each.model, f"No price in {currency} is set for it.")
+        for each in decision.candidates
+        if each not in kept
+    )
+    return Decision(kept, decision.refused + dropped)
+
+
+_ABANDONED = text("""
+    select s.tenant_id, s.id from sessions s
+    where s.status = 'open' and s.seen_at < now() - make_interval(secs => :seconds)
+      and (s.kind <> 'job' or not exists (select from jobs j where j.tenant_id = s.tenant_id and j.id = s.id))
+    order by s.seen_at limit 1
+    for update of s skip locked
+""")

@@ -1,0 +1,75 @@
+"""A tenant's limits from moment to moment: how much at once, how often."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from uuid import UUID
+
+import structlog
+
+from policy.errors import ConcurrencyLimited, RateLimited
+from policy.policies import PolicyBody
+from policy.sessions import Kind
+from runtime.coordination import Coordination, CoordinationUnavailable
+
+log = structlog.get_logger(__name__)
+
+SEAT_TTL_S = 30.0
+RENEW_S = 10.0
+RETRY_AFTER_S = 1.0
+
+
+@asynccontextmanager
+async def admitted(
+    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody
+) -> AsyncIterator[None]:
+    """One request within the tenant's limits; a stream or file keeps its seat while inside, a job needs none.
+
+    The seat comes first: a request refused for want of one does not count against the rate. Raises
+    `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`.
+    """
+    async with _seated(coordination, tenant_id, session_id, kind, limits):
+        await _spend(coordination, tenant_id, limits.requests_per_minute)
+        yield
+
+
+@asynccontextmanager
+async def _seated(
+    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody
+) -> AsyncIterator[None]:
+    if kind == "job":
+        yield
+        return
+    limit = limits.max_streams if kind == "stream" else limits.max_requests
+    key, member = f"seats:{tenant_id.hex}:{kind}", session_id.hex
+    if not await coordination.seat(key, member, limit, SEAT_TTL_S):
+        raise ConcurrencyLimited(retry_after_s=RETRY_AFTER_S)
+    renewing = asyncio.create_task(_renew(coordination, key, member, limit))
+    try:
+        yield
+    finally:
+        renewing.cancel()
+        try:
+            await coordination.leave(key, member)
+        except CoordinationUnavailable:
+            log.warning("quota.seat_not_given_back", expires_in_s=SEAT_TTL_S)
+
+
+async def _renew(coordination: Coordination, key: str, member: str, limit: int) -> None:
+    while True:
+        await asyncio.sleep(RENEW_S)
+        try:
+            await coordination.seat(key, member, limit, SEAT_TTL_S)
+        except CoordinationUnavailable:
+            log.warning("quota.seat_not_renewed")
+
+
+async def _spend(coordination: Coordination, tenant_id: UUID, per_minute: int | None) -> None:
+    """A quiet tenant may spend a whole minute's requests at once."""
+    if per_minute is None:
+        return
+    wait_s = await coordination.spend(f"requests:{tenant_id.hex}", 1, per_minute, per_minute)
+    if wait_s > 0:
+        raise RateLimited(retry_after_s=wait_s)
