@@ -1,6 +1,6 @@
 """Deltas are append-only, and end as the final."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatchers.audio.stabilise import Stabiliser, normal
@@ -41,6 +41,7 @@ def test_scripts_without_spaces_firm_up_by_sign():
     assert stabiliser.partial("今日は晴") == ("今日は", 3, "今日は晴")
 
 
+@settings(deadline=None)
 @given(st.lists(texts, max_size=8), texts)
 def test_deltas_are_never_taken_back(hypotheses: list[str], final: str):
     stabiliser, sent = Stabiliser(), ""
@@ -59,6 +60,7 @@ def test_deltas_are_never_taken_back(hypotheses: list[str], final: str):
         assert sent + (delta or "") == normal(final)
 
 
+@settings(deadline=None)
 @given(words)
 def test_a_steady_recogniser_is_never_revised(said: list[str]):
     stabiliser = Stabiliser()
