@@ -1,0 +1,249 @@
+"""What a process says about itself: log lines, and numbers.
+
+Neither ever holds what was said, who may say it, or a secret. Log values are let through by type and by name, and what
+looks like a credential is masked wherever it stands, tracebacks included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import platform
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from datetime import date
+from decimal import Decimal
+from importlib.metadata import version
+from pathlib import PurePath
+from typing import Any, Literal
+from uuid import UUID
+
+import prometheus_client
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.metrics_core import Metric
+
+# --- logs ---------------------------------------------------------------------------------------------------------
+
+SENSITIVE = frozenset(
+    {
+        *(
+            "authorization",
+            "cookie",
+            "set_cookie",
+            "token",
+            "jwt",
+            "ticket",
+            "secret",
+            "password",
+            "credentials",
+            "dsn",
+        ),
+        *("headers", "query", "body", "metadata", "customer"),
+        *("audio", "samples", "pcm", "text", "transcript", "words", "prompt", "hotwords"),
+    }
+)
+SENSITIVE_ENDINGS = ("_token", "_secret", "_password", "_key", "_text", "_prompt")
+CREDENTIALS = (
+    (re.compile(r"eyJ[\w.-]{8,}"), "***"),  # RFC 7519: a JWT's header starts with {"
+    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]+", re.IGNORECASE), r"\1 ***"),
+    (re.compile(r"://[^\s/@]*@"), "://***@"),
+    (re.compile(r"\b(\w*(?:token|secret|password|key))=[^\s&'\"]+", re.IGNORECASE), r"\1=***"),
+)
+LONGEST_VALUE = 16_384
+TALKATIVE = ("httpx", "httpcore", "mcp", "asyncio")  # at `info` they log addresses and single frames
+
+
+def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> None:
+    """Sends every log line of the process, ours and the libraries', to stderr: as JSON objects, or for people.
+
+    What is bound with `structlog.contextvars` (`request_id`, `tenant`) stands in each line. `level` is a name.
+    """
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    before: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    render: structlog.typing.Processor = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if fmt == "console":
+        render = structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    structlog.configure(
+        processors=[*before, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
+    handler = _Stderr()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=before,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                structlog.processors.StackInfoRenderer(),
+                discreet,
+                render,
+            ],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=threshold, force=True)
+    logging.captureWarnings(capture=True)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    logging.getLogger("uvicorn.access").disabled = True
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
+
+
+class _Stderr(logging.Handler):
+    """Writes to what is stderr at that moment. A line that cannot be made is replaced by why: `logging` itself would
+    print its raw values."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception as error:  # noqa: BLE001  # logging never breaks what it tells of
+            line = f"log line lost in {record.name}: {type(error).__name__}"
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+
+def discreet(_: object, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The line without what must not be logged (a structlog processor)."""
+    return _without_secrets(line)
+
+
+def masked(text: str) -> str:
+    """The text, shortened if very long, with everything that looks like a credential replaced by `***`."""
+    if len(text) > LONGEST_VALUE:
+        text = f"{text[:LONGEST_VALUE]}…"
+    for pattern, replacement in CREDENTIALS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _without_secrets(fields: Mapping[Any, Any]) -> dict[str, Any]:
+    return {masked(str(name)): _shown(value) for name, value in fields.items() if not _is_sensitive(str(name))}
+
+
+def _is_sensitive(name: str) -> bool:
+    name = name.lower().replace("-", "_")
+    return name in SENSITIVE or name.endswith(SENSITIVE_ENDINGS)
+
+
+def _shown(value: object) -> object:
+    """Values of known types; of any other only the type, since a `repr` may say anything."""
+    match value:
+        case None | bool() | int() | float():
+            return value
+        case str():
+            return masked(value)
+        case Mapping():
+            return _without_secrets(value)
+        case list() | tuple() | set() | frozenset():
+            return [_shown(item) for item in value]
+        case BaseException():
+            return masked(f"{type(value).__name__}: {value}")
+        case Decimal() | UUID() | date() | PurePath():
+            return masked(str(value))
+    return f"<{type(value).__name__}>"
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+# No label names a tenant: labels are few and known beforehand, and a bill comes from the ledger.
+
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+REGISTRY = CollectorRegistry()
+ProcessCollector(registry=REGISTRY)
+
+FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+HUMAN = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+def _counter(name: str, meaning: str, *labels: str) -> Counter:
+    return Counter(f"stenogate_{name}", meaning, labels, registry=REGISTRY)
+
+
+def _gauge(name: str, meaning: str, *labels: str) -> Gauge:
+    return Gauge(f"stenogate_{name}", meaning, labels, registry=REGISTRY)
+
+
+def _histogram(name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+    return Histogram(f"stenogate_{name}", meaning, labels, buckets=buckets, registry=REGISTRY)
+
+
+REQUESTS = _counter("requests", "Requests answered, by HTTP status or WebSocket close code.", "protocol", "status")
+REQUEST_SECONDS = _histogram("request_seconds", "From a request's first byte to the answer's last.", LONG, "protocol")
+AUTH_FAILURES = _counter("auth_failures", "Tokens that were not accepted, by error code.", "code")
+
+LIVE_STREAMS = _gauge("live_streams", "Live streams now open.", "protocol")
+STREAM_SECONDS = _counter("stream_seconds", "Seconds of live audio accepted.", "protocol")
+UTTERANCES = _counter("utterances", "Utterances of live streams that got their final.")
+FIRST_PARTIAL_SECONDS = _histogram(
+    "first_partial_seconds", "From the start of an utterance to its first partial.", HUMAN
+)
+FINAL_SECONDS = _histogram("speech_end_to_final_seconds", "From the last speech of an utterance to its final.", HUMAN)
+
+QUEUE_DEPTH = _gauge("queue_depth", "Recognitions waiting. The engine's owner sets the function.", "urgency")
+QUEUE_RUNNING = _gauge("queue_running", "Recognitions running. The engine's owner sets the function.", "urgency")
+DECODE_SECONDS = _histogram("decode_seconds", "Time a recogniser took for one piece of audio.", LONG, "model")
+
+JOBS = _gauge("jobs", "Jobs by state.", "state")
+
+LEDGER_AUDIO_MS = _counter("ledger_audio_milliseconds", "Audio written to the ledger.", "backend")
+LEDGER_ROWS = _counter("ledger_rows", "Rows written to the ledger.", "backend")
+SETTLE_SECONDS = _histogram("settle_seconds", "Time the settling transaction took.", FAST)
+BUDGET_REFUSALS = _counter("budget_refusals", "Requests refused because a budget did not cover them.")
+
+LOOP_LAG_SECONDS = _histogram("event_loop_lag_seconds", "How late the event loop woke a sleeper.", FAST)
+Info("stenogate_build", "What is running.", registry=REGISTRY).info(
+    {"version": version("stenogate"), "python": platform.python_version()}
+)
+
+
+def exposition() -> tuple[bytes, str]:
+    """Every number in Prometheus' text format, and its content type."""
+    return prometheus_client.generate_latest(REGISTRY), prometheus_client.CONTENT_TYPE_LATEST
+
+
+def as_json() -> dict[str, Any]:
+    """The same numbers for people: name → `help`, `type` and `values`; a histogram's value is its `count`, `sum` and
+    cumulative `buckets`."""
+    return {
+        family.name: {"help": family.documentation, "type": family.type, "values": _values(family)}
+        for family in REGISTRY.collect()
+    }
+
+
+def _values(family: Metric) -> list[dict[str, Any]]:
+    found: dict[tuple[tuple[str, str], ...], dict[str, Any]] = {}
+    for sample in family.samples:
+        labels = {name: value for name, value in sample.labels.items() if name != "le"}
+        entry = found.setdefault(tuple(labels.items()), {"labels": labels})
+        value = sample.value if math.isfinite(sample.value) else None
+        match sample.name.removeprefix(family.name):
+            case "_bucket":
+                entry.setdefault("buckets", {})[sample.labels["le"]] = value
+            case "_count" | "_sum" as part:
+                entry[part[1:]] = value
+            case _:
+                entry["value"] = value
+    return list(found.values())
+
+
+async def watch_loop_lag(interval_s: float) -> None:
+    """Measures for ever how late the event loop is; to be run as a task, and cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due = loop.time() + interval_s
+        await asyncio.sleep(interval_s)
+        LOOP_LAG_SECONDS.observe(max(0.0, loop.time() - due))
