@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -32,12 +32,8 @@ class Opened:
 
     door: Door
     authenticator: Authenticator
-    self_hosted: LocalBackend | Scripted
+    catalogue: Callable[[], tuple[ModelCard, ...]]
     model_note: str | None
-
-    def catalogue(self) -> tuple[ModelCard, ...]:
-        """The models behind the door, the default first."""
-        return self.self_hosted.catalogue()
 
 
 @asynccontextmanager
@@ -51,25 +47,27 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
         audience=settings.audience,
         jwks=KeySets(allow_http=settings.jwks_allow_http),
     )
-    backend, note = await _self_hosted(settings)
+    backend, catalogue, note = await _self_hosted(settings)
     vad = await asyncio.to_thread(SileroVad.load)
     backends: dict[str, Dispatcher] = {"self_hosted": Segmenting(backend, vad)}
     admission = Admission(resources.database, resources.coordination)
     try:
-        yield Opened(Door(resources.database, admission, authenticator, backends), authenticator, backend, note)
+        yield Opened(Door(resources.database, admission, authenticator, backends), authenticator, catalogue, note)
     finally:
         for dispatcher in backends.values():
             await dispatcher.aclose()
         await authenticator.aclose()
 
 
-async def _self_hosted(settings: Settings) -> tuple[LocalBackend | Scripted, str | None]:
+async def _self_hosted(settings: Settings) -> tuple[Dispatcher, Callable[[], tuple[ModelCard, ...]], str]:
+    """What stands behind `self_hosted`, its models, and why this default."""
     if settings.backend == "scripted":
-        return Scripted(), "no model: a scripted answer, for smoke tests"
+        return Scripted(), tuple, "no model: a scripted answer, for smoke tests"
     resolved = await asyncio.to_thread(
         resolve, settings.model, configured=settings.whisper_model, cache_dir=settings.model_cache_dir
     )
-    log.info("model.chosen", model=resolved.spec.name, engine=resolved.spec.engine, reason=resolved.reason)
+    say = log.warning if resolved.downgraded else log.info
+    say("model.chosen", model=resolved.spec.name, engine=resolved.spec.engine, reason=resolved.reason)
     backend = LocalBackend(
         resolved.spec,
         workers=settings.engine_workers or os.cpu_count() or 1,
@@ -79,4 +77,4 @@ async def _self_hosted(settings: Settings) -> tuple[LocalBackend | Scripted, str
         queue_limit=settings.engine_queue,
     )
     await backend.warm()
-    return backend, resolved.reason
+    return backend, backend.catalogue, resolved.reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import TypeVar
 
@@ -15,10 +16,11 @@ from pydantic import ValidationError
 
 from gateway.client import Client, ClientError
 from policy import budget, policies, pricing, statements, tenants
+from policy.budget import Period
 from policy.errors import Invalid
 from policy.identity import SCOPES, mint
 from policy.policies import Policy, PolicyBody
-from policy.tenants import Tenant
+from policy.tenants import Status, Tenant
 from runtime.database import Database
 from runtime.embedded import prepare, with_database
 from runtime.settings import Settings
@@ -81,7 +83,7 @@ def list_tenants(settings: Settings) -> list[Tenant]:
     return _with_database(settings, work)
 
 
-def set_status(settings: Settings, slug: str, status: str) -> Tenant:
+def set_status(settings: Settings, slug: str, status: Status) -> Tenant:
     """Suspends a tenant or lets it in again."""
 
     async def work(database: Database) -> Tenant:
@@ -184,7 +186,7 @@ def list_prices(settings: Settings) -> list[tuple[str, str, str, str, str, str]]
     return _with_database(settings, work)
 
 
-def set_budget(settings: Settings, slug: str, limit: str, *, period: str, hard: bool) -> None:
+def set_budget(settings: Settings, slug: str, limit: str, *, period: Period, hard: bool) -> None:
     """A limit in the tenant's currency."""
     limit_nano = nano(limit)
 
@@ -198,6 +200,7 @@ def set_budget(settings: Settings, slug: str, limit: str, *, period: str, hard: 
 
 def statement(settings: Settings, slug: str, month: str, *, customer: str | None, fmt: str) -> str:
     """A month's statement as `csv` or `json`."""
+    first, after = _month(month)
     renderers = {"csv": statements.to_csv, "json": statements.to_json}
     if fmt not in renderers:
         raise Invalid("the format is csv or json")
@@ -206,10 +209,18 @@ def statement(settings: Settings, slug: str, month: str, *, customer: str | None
         async with database.across_tenants("a statement") as tx:
             tenant = await tenants.by_slug(tx, slug)
         async with database.tenant(tenant.id) as tx:
-            start, end = statements.month_of(month, tenant.billing_tz)
-            return renderers[fmt](await statements.build(tx, tenant, start, end, customer=customer))
+            return renderers[fmt](await statements.build(tx, tenant, first, after, customer=customer))
 
     return _with_database(settings, work)
+
+
+def _month(shown: str) -> tuple[date, date]:
+    """`2026-11` → its first day and the next month's. Raises `Invalid`."""
+    try:
+        first = date.fromisoformat(f"{shown}-01")
+    except ValueError as error:
+        raise Invalid(f"{shown!r} is no month; write 2026-11") from error
+    return first, (first + timedelta(days=31)).replace(day=1)
 
 
 def local_client(settings: Settings, url: str | None, token: str | None) -> Client:

@@ -7,7 +7,7 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -221,7 +221,7 @@ def price_list() -> None:
 def budget_set(
     tenant: TenantOption,
     limit: Annotated[str, typer.Argument(help="Limit in the tenant's currency, such as 250.00.")],
-    period: Annotated[str, typer.Option(help="day, month or lifetime.")] = "month",
+    period: Annotated[Literal["day", "month", "lifetime"], typer.Option(help="How often it begins anew.")] = "month",
     soft: Annotated[bool, typer.Option("--soft", help="Count, but refuse nothing.")] = False,
 ) -> None:
     """Limits what a tenant may spend."""
@@ -232,7 +232,9 @@ def budget_set(
 @app.command()
 def statement(
     tenant: TenantOption,
-    month: Annotated[str | None, typer.Option(help="YYYY-MM in the tenant's time zone; default: this month.")] = None,
+    month: Annotated[
+        str | None, typer.Option(help="YYYY-MM (UTC days of the sessions' start); default: this month.")
+    ] = None,
     customer: Annotated[str | None, typer.Option(help="Only this customer of the tenant's.")] = None,
     format: Annotated[str, typer.Option(help="csv or json.")] = "csv",  # noqa: A002 — the option's name
 ) -> None:

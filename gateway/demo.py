@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import wave
@@ -32,12 +28,12 @@ from dispatchers.wer import word_errors
 from gateway import chores
 from gateway.client import Client, ClientError
 from gateway.demo_tenant import DEMO
+from gateway.local import local_gateway
 from gateway.transcribe import follow
 from runtime.settings import Settings
 
 CLIPS = ("clip01.wav", "clip02.wav", "clip04.wav")
 LONG_REPEATS = 6  # six minutes: above the five that make a recording a job
-START_TIMEOUT_S = 600  # a first `--model small` is a download
 
 # The micro model's README: its one-utterance samples come out exactly, files of many utterances at 0.9 to 7.2 %. A
 # model of general English hears the synthetic voice less well than the one that was trained on it.
@@ -82,36 +78,12 @@ def run(model: str, console: Console) -> int:
 
 @contextmanager
 def _gateway(data_dir: Path, model: str, console: Console) -> Iterator[Client]:
-    """A gateway in a process of its own, as `make serve` starts it."""
-    data_dir.mkdir(parents=True)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STENOGATE_")}
-    environment |= {"STENOGATE_DATA_DIR": str(data_dir), "STENOGATE_MODEL": model, "STENOGATE_PORT": "0"}
-    log = data_dir / "serve.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gateway", "serve"], env=environment, stdout=subprocess.DEVNULL, stderr=sink
-        )
-    try:
-        _wait_until_serving(process, data_dir, log, console)
-        yield chores.local_client(Settings(data_dir=data_dir), None, None)
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_serving(process: subprocess.Popen[bytes], data_dir: Path, log: Path, console: Console) -> None:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         progress.add_task("embedded Postgres, migrations, model, gateway")
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not (data_dir / "serve.json").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise ClientError("the gateway did not start:\n" + "".join(log.read_text().splitlines(True)[-10:]))
-            time.sleep(0.05)
+        with local_gateway(data_dir, model=model) as gateway:
+            progress.stop()
+            yield gateway.client
 
 
 async def _show(client: Client, model: str, scratch: Path, console: Console, begun: float) -> list[Verdict]:

@@ -132,10 +132,10 @@ def _announced(settings: Settings, announcement: Announcement) -> Iterator[None]
     """`serve.json` in the data dir, readable by its owner only: how other commands find this gateway."""
     path = settings.data_dir / "serve.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(announcement) | {"pid": os.getpid()}, file)
+    fresh = path.with_suffix(".fresh")
+    fresh.touch(mode=0o600)
+    fresh.write_text(json.dumps(asdict(announcement) | {"pid": os.getpid()}))
+    fresh.replace(path)  # whoever reads it reads all of it
     try:
         yield
     finally:

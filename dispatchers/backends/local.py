@@ -155,6 +155,13 @@ class LocalBackend:
         await self._look()
         await self._get(self._default)
 
+    def origin(self, model: str) -> Origin:
+        """See `Dispatcher.origin`. Raises `UnknownModel`."""
+        spec = self._specs.get(model or self._default.name)
+        if spec is None:
+            raise UnknownModel(param="model")
+        return Origin(backend="self_hosted", engine=spec.engine, model=spec.name)
+
     async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
         """See `Dispatcher.transcribe`. Raises `UnknownModel`, `UnsupportedOption`, or a `BackendError`."""
         spec = await self._spec(options.model)
@@ -210,8 +217,7 @@ class LocalBackend:
             raise BackendFailed from error
         finally:
             abandoned.set()
-        spec = loaded.engine.spec
-        origin = Origin(backend="self_hosted", engine=spec.engine, model=spec.name)
+        origin = self.origin(loaded.engine.spec.name)
         return Transcript(result.text, result.language, duration_ms, tuple(segments), origin, options.task)
 
     async def _spec(self, name: str) -> ModelSpec:
