@@ -32,3 +32,11 @@ class LeaseLost(JobError):
     """Another worker holds this job now."""
 
     code = "LEASE_LOST"
+
+
+class WorkersLost(JobFailed):
+    """Every worker that tried this recording was lost while at it."""
+
+
+class Unheard(JobError):
+    """No worker can be told of the job now; one will find it later."""

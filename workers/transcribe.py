@@ -1,0 +1,185 @@
+"""Does one job: claim, decode, cut, recognise chunk by chunk, settle. The same function on arq and embedded.
+
+A worker may die anywhere: the chunks done stay done, and text and charge are stored in one transaction, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import structlog
+
+from dispatchers.audio.decode import spool
+from dispatchers.dispatch import Door, outcome_of
+from dispatchers.errors import BackendFailed
+from dispatchers.interface import Samples, Segment, Transcript, to_ms
+from policy.admission import Lease
+from policy.resolve import Candidate
+from runtime.blobs import Blobs
+from runtime.database import Database
+from runtime.errors import StenogateError
+from runtime.settings import Settings
+from workers.chunks import Chunk, Heard, joined, plan, shifted
+from workers.claim import Claim
+from workers.errors import LeaseLost, WorkersLost
+
+log = structlog.get_logger()
+
+RETRY_S = 5.0
+RETRY_MOST_S = 300.0
+CONTEXT = "workshop"
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What a worker works with."""
+
+    database: Database
+    blobs: Blobs
+    door: Door
+    settings: Settings
+
+
+async def transcribe_job(context: dict[Any, Any], tenant_id: str, job_id: str) -> None:
+    """Transcribes the job if it is due. Returns quietly when somebody else has it or it has ended.
+
+    `context` holds the `Workshop` under `CONTEXT`. When cancelled, gives the job back to the queue at once.
+    """
+    shop: Workshop = context[CONTEXT]
+    claim = await Claim.take(shop.database, UUID(tenant_id), UUID(job_id), shop.settings.job_lease_s)
+    if claim is None:
+        return
+    with structlog.contextvars.bound_contextvars(tenant_id=tenant_id, job_id=job_id):
+        try:
+            ended = await _while_held(claim, _attempt(shop, claim))
+        except LeaseLost:
+            log.warning("job.lease_lost")
+        except asyncio.CancelledError:
+            await _give_back(claim)
+            raise
+        else:
+            if ended:
+                await _discard(shop.blobs, claim.blob_key)
+
+
+async def _while_held(claim: Claim, work: Coroutine[Any, Any, bool]) -> bool:
+    """The work's result, while the claim is kept. A lost claim stops the work."""
+    working, keeping = asyncio.create_task(work), asyncio.create_task(claim.keep())
+    try:
+        await asyncio.wait((working, keeping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (working, keeping):
+            task.cancel()
+        await asyncio.gather(working, keeping, return_exceptions=True)
+    if not working.cancelled():
+        return working.result()
+    if not keeping.cancelled():
+        keeping.result()
+    raise BackendFailed  # cancelled from inside: nobody told us to stop
+
+
+async def _attempt(shop: Workshop, claim: Claim) -> bool:
+    """Whether the job has ended, well or badly; if not, it waits to be tried again."""
+    lease: Lease | None = None
+    try:
+        async with shop.door.attached(claim.tenant_id, claim.job_id) as lease:
+            await _transcribe(shop, claim, lease)
+    except LeaseLost:
+        raise
+    except Exception as error:  # noqa: BLE001 — not swallowed: stored with the job
+        return await _failed(shop, claim, lease, error)
+    log.info("job.completed", attempts=claim.attempts)
+    return True
+
+
+async def _transcribe(shop: Workshop, claim: Claim, lease: Lease) -> None:
+    if claim.attempts > shop.settings.job_attempts:
+        raise WorkersLost
+    samples = await _samples(shop, claim, lease.policy.body.max_file_ms)
+    audio_ms = to_ms(len(samples))
+    await claim.measure(audio_ms)
+    await lease.extend(audio_ms)
+    pieces, candidate = await claim.heard()
+    if candidate is not None:
+        _pin(lease, candidate)
+    covered_ms = pieces[-1].chunk.end_ms if pieces else 0
+    for chunk in plan(samples, shop.settings.chunk_ms, number=len(pieces), start_ms=covered_ms):
+        piece, candidate = await _recognise(shop.door, claim, lease, samples, chunk)
+        await claim.add(piece, candidate)
+        _pin(lease, candidate)
+        pieces.append(piece)
+    transcript = joined(pieces, claim.options)
+    await _settle(claim, lease, transcript)
+
+
+async def _samples(shop: Workshop, claim: Claim, limit_ms: int) -> Samples:
+    """The recording, decoded and mapped. Its file is already unlinked: it goes with the mapping, even by kill -9."""
+    with tempfile.TemporaryDirectory(prefix="stenogate-job-", ignore_cleanup_errors=True) as folder:
+        recording = Path(folder) / "recording"
+        await shop.blobs.fetch(claim.blob_key, recording)
+        return await asyncio.to_thread(spool, recording, Path(folder) / "samples", limit_ms=limit_ms)
+
+
+async def _recognise(door: Door, claim: Claim, lease: Lease, samples: Samples, chunk: Chunk) -> tuple[Heard, Candidate]:
+    def note(segment: Segment) -> None:
+        claim.reached_ms = min(chunk.start_ms + segment.end_ms, chunk.end_ms)
+
+    options = replace(claim.options, urgency="batch")
+    transcript, candidate = await door.recognise(lease, options, chunk.of(samples), note)
+    segments = tuple(shifted(segment, chunk.start_ms) for segment in transcript.segments)
+    return Heard(chunk, transcript.language, segments, transcript.origin), candidate
+
+
+def _pin(lease: Lease, candidate: Candidate) -> None:
+    """A job has one price: what began it also ends it."""
+    lease.decision = replace(lease.decision, candidates=(candidate,))
+
+
+async def _settle(claim: Claim, lease: Lease, transcript: Transcript) -> None:
+    (candidate,) = lease.decision.candidates
+    await lease.settle(
+        transcript.duration_ms,
+        candidate,
+        outcome=outcome_of(transcript, keep_text=lease.policy.body.keep_transcripts),
+        extra=lambda tx: claim.complete(tx, transcript),
+    )
+
+
+async def _failed(shop: Workshop, claim: Claim, lease: Lease | None, error: Exception) -> bool:
+    """Whether that was the end of it. Without a lease the session has ended already, or cannot be reached."""
+    known = error if isinstance(error, StenogateError) else StenogateError()
+    final = isinstance(error, StenogateError) and not error.retryable
+    log.warning("job.failed", code=known.code, error=type(error).__name__, attempts=claim.attempts, final=final)
+    if not final and claim.attempts < shop.settings.job_attempts:
+        backoff_s = min(RETRY_S * 2 ** (claim.attempts - 1), RETRY_MOST_S)
+        await claim.retry(known.retry_after_s or backoff_s)
+        return False
+    if lease is not None:
+        await claim.renew()  # whoever lost the job must not end its session
+        await lease.fail(known.code)
+    await claim.fail(known)
+    return True
+
+
+async def _give_back(claim: Claim) -> None:
+    try:
+        await asyncio.shield(claim.give_back())
+    except LeaseLost:
+        return
+    except Exception as error:  # noqa: BLE001 — then the lease runs out by itself
+        log.warning("job.not_given_back", error=type(error).__name__)
+    else:
+        log.info("job.given_back")
+
+
+async def _discard(blobs: Blobs, blob_key: str) -> None:
+    try:
+        await blobs.delete(blob_key)
+    except StenogateError as error:
+        log.warning("job.blob_left", blob_key=blob_key, code=error.code)
