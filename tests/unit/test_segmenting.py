@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +311,33 @@ async def test_a_slow_partial_holds_nothing_up_and_is_never_doubled(vad: SileroV
     assert not of(events, Partial)
     assert batch.most_at_once == {"partial": 1, "final": 1}
     assert {options.urgency for options in batch.cancelled} == {"partial"}
+
+
+class Stubborn(Asked):
+    """Cannot be stopped once it has begun on a partial, and answers when allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allowed = asyncio.Event()
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        if options.urgency == "partial":
+            with suppress(asyncio.CancelledError):
+                await self.allowed.wait()
+            await self.allowed.wait()
+        return await super().transcribe(audio, options, heard)
+
+
+async def test_a_partial_that_comes_after_its_final_is_not_told(vad: SileroVad, speech: Samples):
+    batch = Stubborn()
+    seen: list[Event] = []
+    async with Segmenting(batch, vad).stream(talk(batch, speech[: 3_000 * 16]), Options()) as events:
+        async for event in events:
+            seen.append(event)
+            if isinstance(event, Final):
+                batch.allowed.set()
+    assert [type(event) for event in seen] == [SpeechStarted, Delta, Final]
+    assert "partial" in {options.urgency for options in batch.requests}
 
 
 async def test_a_reader_who_stops_stops_the_speaker(vad: SileroVad, speech: Samples):
