@@ -32,7 +32,7 @@ PLAIN_ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
 class PostgresError(StenogateError):
     """The embedded Postgres cannot run. Set STENOGATE_DATABASE_URL to use another one."""
 
-    code = "POSTGRES_UNAVAILABLE"
+    code = "DATABASE_UNAVAILABLE"
 
 
 @dataclass(frozen=True, slots=True)
