@@ -196,6 +196,6 @@ _OPEN = text("""
 """)
 _LISTING = text(f"""
     select tenant_id, {_COLUMNS} from price_book
-    where (tenant_id is null or tenant_id = cast(:tenant as uuid)) and effective @> now()
+    where (tenant_id is null or tenant_id = cast(:tenant as uuid)) and upper_inf(effective)
     order by tenant_id nulls first, backend, model, currency
 """)  # noqa: S608

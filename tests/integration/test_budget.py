@@ -1,4 +1,4 @@
-"""Budgets under concurrency: holds never add up to more than the limit, and windows never to anything but their parts."""
+"""Budgets under concurrency: holds never add up to more than the limit, and windows are the sum of their parts."""
 
 from __future__ import annotations
 
