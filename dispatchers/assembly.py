@@ -74,6 +74,7 @@ async def _self_hosted(settings: Settings) -> tuple[Dispatcher, Callable[[], tup
         device=settings.device,
         compute_type=settings.compute_type,
         cache_dir=settings.model_cache_dir,
+        shortest_window=settings.shortest_window,
         queue_limit=settings.engine_queue,
     )
     await backend.warm()

@@ -69,7 +69,7 @@ async def _serve(
     async with open_gateway(settings) as (gateway, note):
         token = await _demo_token(gateway.resources) if embedded else None
         host, port = listener.getsockname()[:2]
-        announcement = Announcement(f"http://{host}:{port}", gateway.catalogue()[0].name, note, token)
+        announcement = Announcement(f"http://{host}:{port}", gateway.door.offers()[0].models[0], note, token)
         with _announced(settings, announcement):
             await _Server(uvicorn_config(gateway), lambda: announce(announcement)).serve(sockets=[listener])
 

@@ -41,6 +41,7 @@ def _engine(url: str, pool: int) -> AsyncEngine:
         max_overflow=0,
         pool_timeout=CONNECT_TIMEOUT_S,
         pool_pre_ping=True,
+        hide_parameters=True,  # they hold transcripts, and errors are logged
         json_serializer=_to_json,
         connect_args={
             "timeout": CONNECT_TIMEOUT_S,

@@ -49,6 +49,12 @@ class Settings(BaseSettings):
     model_cache_dir: Path | None = Field(None, description="Where downloaded models lie. Unset: the hub's own cache.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where models run.")
     compute_type: str = Field("default", description="Of CTranslate2; `default`: int8 on CPU, float16 on GPU.")
+    shortest_window: int | None = Field(
+        None,
+        ge=100,
+        le=3000,
+        description="Shortest Whisper window, in frames of 10 ms. Unset: what each model was measured to need.",
+    )
     engine_workers: int = Field(0, ge=0, le=64, description="Recognitions at once; 0: as many as cores.")
     engine_queue: int = Field(256, ge=1, description="Recognitions waiting before a request is refused.")
     backend: Literal["local", "scripted"] = Field(

@@ -65,7 +65,13 @@ class _Loaded:
 
 
 def load_engine(
-    spec: ModelSpec, *, workers: int, device: str = "auto", compute_type: str = "default", cache_dir: Path | None = None
+    spec: ModelSpec,
+    *,
+    workers: int,
+    device: str = "auto",
+    compute_type: str = "default",
+    cache_dir: Path | None = None,
+    shortest_window: int | None = None,
 ) -> Engine:
     """The model, loaded with `workers` cores to use, downloaded first if it must be. Blocks.
 
@@ -76,7 +82,14 @@ def load_engine(
         return SphinxEngine(workers, spec)
     from dispatchers.engine.whisper import WhisperEngine
 
-    return WhisperEngine(spec, fetch(spec, cache_dir), device=device, compute_type=compute_type, cores=workers)
+    return WhisperEngine(
+        spec,
+        fetch(spec, cache_dir),
+        device=device,
+        compute_type=compute_type,
+        cores=workers,
+        shortest_window=shortest_window,
+    )
 
 
 class LocalBackend:
@@ -94,6 +107,7 @@ class LocalBackend:
         device: str = "auto",
         compute_type: str = "default",
         cache_dir: Path | None = None,
+        shortest_window: int | None = None,
         queue_limit: int = 256,
         max_loaded: int = 3,
         load: Load | None = None,
@@ -104,7 +118,12 @@ class LocalBackend:
         self._max_loaded = max_loaded
         self._load = load or (
             lambda spec: load_engine(
-                spec, workers=workers, device=device, compute_type=compute_type, cache_dir=cache_dir
+                spec,
+                workers=workers,
+                device=device,
+                compute_type=compute_type,
+                cache_dir=cache_dir,
+                shortest_window=shortest_window,
             )
         )
         self._specs = {default.name: default}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from dispatchers.engine.interface import Recognised
 from dispatchers.engine.models import STOCK_WINDOW, ModelSpec
 from dispatchers.errors import BackendUnavailable, UnsupportedOption
-from dispatchers.interface import Heard, Options, Samples, Segment, Word
+from dispatchers.interface import Heard, Options, Samples, Segment, Word, to_ms
 
 if TYPE_CHECKING:
     from faster_whisper import WhisperModel
@@ -90,7 +90,7 @@ class WhisperEngine:
             if cancelled():
                 break
             texts.append(piece.text)
-            heard(self._segment(piece))
+            heard(self._segment(piece, to_ms(len(samples))))
         return Recognised(text="".join(texts).strip(), language=str(info.language))
 
     def close(self) -> None:
@@ -122,13 +122,18 @@ class WhisperEngine:
         kept = tokens[-_HINT_TOKENS:] if last else tokens[:_HINT_TOKENS]
         return str(self._model.hf_tokenizer.decode(kept))
 
-    def _segment(self, piece: Any) -> Segment:
+    def _segment(self, piece: Any, end_ms: int) -> Segment:
+        """Times are guessed in windows, which may end after the recording does."""
+
+        def ms(seconds: float) -> int:
+            return min(round(seconds * 1000), end_ms)
+
         return Segment(
-            start_ms=_ms(piece.start),
-            end_ms=_ms(piece.end),
+            start_ms=ms(piece.start),
+            end_ms=ms(piece.end),
             text=piece.text.strip(),
             words=tuple(
-                Word(word.word.strip(), _ms(word.start), _ms(word.end), float(word.probability))
+                Word(word.word.strip(), ms(word.start), ms(word.end), float(word.probability))
                 for word in piece.words or ()
                 if word.word.strip()
             ),
@@ -144,10 +149,6 @@ def window(content: int, shortest: int) -> int:
     """Frames to encode for so many frames of content. At least half stays padding: without it the micro model's word
     error on windows full of speech rises from 0.9 to 7.7 %."""
     return min(STOCK_WINDOW, max(shortest, 2 * content))
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 def _load(

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dispatchers.adapters.fallback import Fallback
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.models import MICRO
-from dispatchers.errors import BackendUnavailable
 from dispatchers.interface import Dispatcher, Samples
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
@@ -32,18 +30,11 @@ def streaming(batch: Callable[[], Dispatcher]) -> Callable[[], Dispatcher]:
     return lambda: Segmenting(batch(), SileroVad.load())
 
 
-def second_of(good: Callable[[], Dispatcher]) -> Callable[[], Dispatcher]:
-    return lambda: Fallback([Scripted(fail=BackendUnavailable), good()])
-
-
 MAKERS: dict[str, Callable[[], Dispatcher]] = {
     "scripted": scripted,
     "local": local,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
-    "fallback to scripted": second_of(scripted),
-    "fallback to a stream": second_of(streaming(scripted)),
-    "segmenting fallback": streaming(second_of(scripted)),
 }
 
 
