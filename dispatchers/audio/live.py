@@ -1,0 +1,102 @@
+"""Live audio in the encodings that a caller's socket carries, made samples at 16 kHz."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dispatchers.audio.resample import Resampler
+from dispatchers.interface import SAMPLE_RATE, Samples
+
+Encoding: TypeAlias = Literal["pcm_s16le", "mulaw", "alaw"]
+
+_TELEPHONE_RATE = 8_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How audio comes in: mono, `rate` samples per second."""
+
+    encoding: Encoding
+    rate: int
+
+    @property
+    def sample_bytes(self) -> int:
+        return 2 if self.encoding == "pcm_s16le" else 1
+
+    @property
+    def bytes_per_s(self) -> int:
+        return self.rate * self.sample_bytes
+
+    @classmethod
+    def default_rate(cls, encoding: Encoding) -> int:
+        return SAMPLE_RATE if encoding == "pcm_s16le" else _TELEPHONE_RATE
+
+
+class LiveDecoder:
+    """Fed one stream's bytes in strings of any length. A sample cut in two waits for its other half, across flushes
+    too. What costs anything is done in a thread."""
+
+    def __init__(self, wire: Wire, resampler: Resampler):
+        self._wire = wire
+        self._resampler = resampler
+        self._half = b""
+
+    @classmethod
+    async def open(cls, wire: Wire) -> LiveDecoder:
+        """Raises `UnsupportedAudio` for a rate that is none."""
+        return cls(wire, await asyncio.to_thread(Resampler, wire.rate))
+
+    async def feed(self, data: bytes) -> Samples:
+        """What can be given out so far."""
+        data = self._half + data
+        whole = len(data) - len(data) % self._wire.sample_bytes
+        self._half = data[whole:]
+        if self._wire == _PLAIN:
+            return self._resampler.feed(data[:whole])
+        return await asyncio.to_thread(self._convert, data[:whole])
+
+    async def flush(self) -> Samples:
+        """What the resampling filter still holds."""
+        if self._wire == _PLAIN:
+            return self._resampler.flush()
+        return await asyncio.to_thread(self._resampler.flush)
+
+    def _convert(self, data: bytes) -> Samples:
+        match self._wire.encoding:
+            case "mulaw":
+                data = MULAW[np.frombuffer(data, np.uint8)].tobytes()
+            case "alaw":
+                data = ALAW[np.frombuffer(data, np.uint8)].tobytes()
+            case "pcm_s16le":
+                pass
+        return self._resampler.feed(data)
+
+
+def _mulaw() -> NDArray[np.int16]:
+    """ITU-T G.711, table 2: inverted bits; sign, 3 bits of exponent, 4 of mantissa; a bias of 132."""
+    code = ~np.arange(256) & 0xFF
+    magnitude = (((code & 0x0F) << 3) + 0x84 << ((code & 0x70) >> 4)) - 0x84
+    return np.where(code & 0x80, -magnitude, magnitude).astype("<i2")
+
+
+def _alaw() -> NDArray[np.int16]:
+    """ITU-T G.711, table 1: every other bit inverted; the lowest two segments are of one step size."""
+    code = np.arange(256) ^ 0x55
+    segment = (code & 0x70) >> 4
+    step = ((code & 0x0F) << 4) + 8
+    magnitude = np.where(segment == 0, step, step + 0x100 << np.maximum(segment - 1, 0))
+    return np.where(code & 0x80, magnitude, -magnitude).astype("<i2")
+
+
+MULAW = _mulaw()
+"""The sample of each of the 256 μ-law bytes."""
+
+ALAW = _alaw()
+"""The sample of each of the 256 A-law bytes."""
+
+_PLAIN = Wire("pcm_s16le", SAMPLE_RATE)

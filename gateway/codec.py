@@ -1,0 +1,69 @@
+"""The seam between a live session and the wire protocols it is spoken in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+from dispatchers.audio.live import Wire
+from dispatchers.dispatch import Live
+from dispatchers.interface import Clear, Event, Flush, Options
+from gateway.frames import Message
+from gateway.intake import Intake
+from gateway.latency import Latency
+from policy.resolve import Demand
+from runtime.errors import StenogateError
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a session was opened with."""
+
+    demand: Demand
+    options: Options
+    wire: Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """No more audio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Answered at once, whatever audio waits."""
+
+    id: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Asks for this session's own figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """A message whose type nobody knows."""
+
+    type: str
+
+
+Command: TypeAlias = Flush | Clear | Stop | Ping | Metrics | Unknown
+
+
+class Codec(Protocol):
+    """A wire protocol: its text frames to commands, our events to its messages (None: not told)."""
+
+    @property
+    def name(self) -> str:
+        """The protocol's, for figures."""
+        ...
+
+    def setup(self, text: str) -> Setup: ...
+    def command(self, text: str) -> Command: ...
+    def ready(self, live: Live, setup: Setup, idle_s: float) -> Message: ...
+    def event(self, event: Event) -> Message | None: ...
+    def pong(self, ping: Ping, accepted_ms: int) -> Message: ...
+    def metrics(self, latency: Latency, intake: Intake) -> Message: ...
+    def error(self, error: StenogateError, *, fatal: bool) -> Message: ...
+    def closed(self, live: Live, reason: str) -> Message: ...

@@ -1,0 +1,151 @@
+"""One WebSocket with this product's manners: bounded frames, numbered messages, a peer that must read.
+
+LiveError
+├── Idle · SessionTooLong                                              time
+├── UnsupportedFrame · Undecodable · UnknownMessage · MessageTooBig    what was sent
+└── NotReading                                                         what was not taken
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from gateway.errors import EdgeError, problem_response
+from runtime.errors import StenogateError
+
+MAX_FRAME_BYTES = 256 * 1024
+SEND_S = 10.0
+CLOSE_S = 1.0
+
+Message: TypeAlias = Mapping[str, Any]
+
+
+class LiveError(EdgeError):
+    """The live session cannot go on."""
+
+
+class Idle(LiveError):
+    """Nothing was received for too long."""
+
+    code = "IDLE"
+
+
+class SessionTooLong(LiveError):
+    """The session has reached the longest duration that the tenant's policy allows."""
+
+    code = "SESSION_TOO_LONG"
+
+
+class MessageTooBig(LiveError):
+    """A frame may have at most 256 KiB."""
+
+    code = "MESSAGE_TOO_BIG"
+
+
+class UnsupportedFrame(LiveError):
+    """This kind of frame is not understood here."""
+
+    code = "UNSUPPORTED_FRAME"
+
+
+class Undecodable(LiveError):
+    """A text frame must be one JSON object."""
+
+    code = "UNDECODABLE"
+
+
+class UnknownMessage(LiveError):
+    """There is no such message type."""
+
+    code = "UNKNOWN_MESSAGE"
+
+
+class NotReading(LiveError):
+    """The events were not read fast enough."""
+
+    code = "NOT_READING"
+
+
+class Gone(Exception):
+    """The peer has left."""
+
+
+class Frames:
+    """Frames in, numbered messages out; several tasks may send.
+
+    Once the peer is known to be gone, or not to read, sending does nothing: what is under way finishes for the record.
+    """
+
+    def __init__(self, websocket: WebSocket, *, send_s: float = SEND_S):
+        self.gone = False
+        self._websocket = websocket
+        self._send_s = send_s
+        self._sent = 0
+        self._sending = asyncio.Lock()
+
+    @property
+    def accepted(self) -> bool:
+        return self._websocket.application_state is not WebSocketState.CONNECTING
+
+    async def accept(self, subprotocol: str | None) -> None:
+        """Raises `Gone`."""
+        try:
+            await self._websocket.accept(subprotocol)
+        except (OSError, RuntimeError) as error:
+            self.gone = True
+            raise Gone from error
+
+    async def receive(self, timeout_s: float | None) -> str | bytes:
+        """The next frame. Raises `Idle`, `Gone` and what is wrong with the frame."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await self._websocket.receive()
+        except TimeoutError:
+            raise Idle from None
+        if message["type"] == "websocket.disconnect":
+            self.gone = True
+            raise Gone
+        frame: str | bytes | None = message.get("bytes")
+        frame = frame if frame is not None else message.get("text")
+        if frame is None:
+            raise UnsupportedFrame
+        if len(frame) > MAX_FRAME_BYTES:
+            raise MessageTooBig
+        return frame
+
+    async def say(self, message: Message) -> None:
+        """Sends the message with the next number. Raises `NotReading` when it cannot be got rid of."""
+        async with self._sending:
+            if self.gone:
+                return
+            numbered = {"type": message["type"], "seq": self._sent + 1, **message}
+            try:
+                async with asyncio.timeout(self._send_s):
+                    await self._websocket.send_text(json.dumps(numbered, ensure_ascii=False, separators=(",", ":")))
+            except TimeoutError:
+                self.gone = True
+                raise NotReading from None
+            except (WebSocketDisconnect, OSError, RuntimeError):
+                self.gone = True
+            else:
+                self._sent += 1
+
+    async def close(self, code: int, reason: str = "") -> None:
+        """Says why, where the peer can still hear it."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._websocket.close(code, reason)
+        except (TimeoutError, WebSocketDisconnect, OSError, RuntimeError):
+            self.gone = True
+
+    async def deny(self, error: StenogateError, request_id: str) -> None:
+        """Refuses the upgrade with an HTTP status and a problem (ASGI's `websocket.http.response`)."""
+        try:
+            await self._websocket.send_denial_response(problem_response(error, request_id))
+        except OSError:
+            self.gone = True

@@ -1,0 +1,111 @@
+"""What a live session has received and its recogniser has not yet taken: audio and commands, in their order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import TypeAlias
+
+from dispatchers.audio.live import LiveDecoder, Wire
+from dispatchers.interface import Clear, Flush, Pcm, Samples, StreamInput, to_ms
+
+AHEAD_MS = 30_000
+"""Audio that may wait. When it does, the socket is not read on: the sender feels it as back-pressure."""
+
+MESSAGES_AHEAD = 2_048
+_BITE_BYTES = 64 * 1024
+
+Received: TypeAlias = bytes | Flush | Clear
+
+
+class Intake:
+    """A bounded queue between one reader of a socket and one recogniser.
+
+    A single message may exceed the bound, so the audio waiting is at most `AHEAD_MS` and one message.
+    """
+
+    def __init__(self, wire: Wire):
+        self.received_bytes = 0
+        self._taken_bytes = 0
+        self._taken_samples = 0
+        self._wire = wire
+        self._waiting: deque[Received] = deque()
+        self._ended = False
+        self._filled = asyncio.Event()
+        self._room = asyncio.Event()
+
+    @property
+    def received_ms(self) -> int:
+        """Audio received, on the sender's clock."""
+        return self._ms(self.received_bytes)
+
+    @property
+    def lag_ms(self) -> int:
+        """Audio received and not yet taken."""
+        return self._ms(self.received_bytes - self._taken_bytes)
+
+    @property
+    def taken_ms(self) -> int:
+        """Audio taken, on the session's sample clock."""
+        return to_ms(self._taken_samples)
+
+    async def put(self, item: Received) -> None:
+        """Waits while too much is waiting already."""
+        while self.lag_ms >= AHEAD_MS or len(self._waiting) >= MESSAGES_AHEAD:
+            self._room.clear()
+            await self._room.wait()
+        if isinstance(item, bytes):
+            self.received_bytes += len(item)
+        self._waiting.append(item)
+        self._filled.set()
+
+    def end(self) -> None:
+        """Nothing more will come; what waits is still handed on."""
+        self._ended = True
+        self._filled.set()
+
+    async def items(self) -> AsyncIterator[StreamInput]:
+        """All that was and will be received, decoded. The resampler's tail comes before a flush and at the end."""
+        decoder = await LiveDecoder.open(self._wire)
+        while (item := await self._next()) is not None:
+            if isinstance(item, bytes):
+                samples = await decoder.feed(item)
+            else:
+                samples = await decoder.flush()
+            if len(samples):
+                yield self._counted(samples)
+            if not isinstance(item, bytes):
+                yield item
+        if len(rest := await decoder.flush()):
+            yield self._counted(rest)
+
+    def _counted(self, samples: Samples) -> Pcm:
+        self._taken_samples += len(samples)
+        return Pcm(samples)
+
+    async def _next(self) -> Received | None:
+        """The next command, or all the audio before it, in reasonable bites."""
+        while not self._waiting:
+            if self._ended:
+                return None
+            self._filled.clear()
+            await self._filled.wait()
+        item = self._waiting.popleft()
+        if isinstance(item, bytes):
+            item = self._joined(item)
+            self._taken_bytes += len(item)
+        self._room.set()
+        return item
+
+    def _joined(self, first: bytes) -> bytes:
+        """Small messages that wait already cost no more than a large one."""
+        parts, size = [first], len(first)
+        while self._waiting and isinstance(after := self._waiting[0], bytes) and size + len(after) <= _BITE_BYTES:
+            parts.append(after)
+            size += len(after)
+            self._waiting.popleft()
+        return b"".join(parts) if len(parts) > 1 else first
+
+    def _ms(self, size: int) -> int:
+        return size * 1000 // self._wire.bytes_per_s

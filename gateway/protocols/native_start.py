@@ -1,0 +1,142 @@
+"""What opens a `/v1/stream`: the fields of its `start` frame or of its query string, within their bounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from starlette.datastructures import QueryParams
+
+from dispatchers.audio.live import Encoding, Wire
+from dispatchers.audio.resample import RATES_HZ
+from dispatchers.interface import Options, VadOptions
+from dispatchers.languages import NAMES
+from gateway.codec import Setup
+from policy.errors import Invalid
+from policy.resolve import Demand, Preference
+
+_NO_NUL = r"^[^\x00]*$"  # which Postgres cannot store
+
+Hotword = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_NO_NUL)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=_NO_NUL)]
+
+_CREDENTIALS = frozenset({"token"})
+_JSON_FIELDS = frozenset({"metadata", "vad"})
+
+
+class Vad(BaseModel):
+    """Endpointing; speech probability and ms."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threshold: float = Field(0.6, ge=0.1, le=0.9)
+    silence_ms: int = Field(550, ge=100, le=5_000)
+    min_speech_ms: int = Field(200, ge=100, le=2_000)
+    max_utterance_ms: int = Field(30_000, ge=1_000, le=30_000)
+
+
+class Start(BaseModel):
+    """The first frame, or the query string."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["start"] = "start"
+    encoding: Encoding = "pcm_s16le"
+    sample_rate: int | None = Field(None, ge=RATES_HZ.start, lt=RATES_HZ.stop)
+    channels: Literal[1] = 1
+    language: str | None = None
+    model: str | None = Field(None, min_length=1, max_length=200, pattern=_NO_NUL)
+    backend_preference: Preference = "any"
+    partials: bool = True
+    deltas: bool = False
+    words: bool = False
+    prompt: str | None = Field(None, max_length=4_000)
+    hotwords: tuple[Hotword, ...] = Field((), max_length=100)
+    customer: str | None = Field(None, min_length=1, max_length=128, pattern=_NO_NUL)
+    metadata: dict[MetadataKey, MetadataValue] = Field(default_factory=dict, max_length=16)
+    vad: Vad = Vad()
+
+    @field_validator("language")
+    @classmethod
+    def _known_language(cls, language: str | None) -> str | None:
+        """The primary subtag, which is what recognisers go by."""
+        primary = None if language is None else language.partition("-")[0].lower()
+        if primary is not None and primary not in NAMES:
+            raise ValueError("this is not the code of a language that can be recognised")
+        return primary
+
+    @model_validator(mode="after")
+    def _telephone_rate(self) -> Start:
+        if self.encoding != "pcm_s16le" and self.sample_rate not in (None, Wire.default_rate(self.encoding)):
+            raise ValueError(f"sample_rate: {self.encoding} is always {Wire.default_rate(self.encoding)} Hz")
+        return self
+
+    @property
+    def wire(self) -> Wire:
+        return Wire(self.encoding, self.sample_rate or Wire.default_rate(self.encoding))
+
+    def setup(self, request_id: str) -> Setup:
+        """The same in the words of those who do the work."""
+        demand = Demand(
+            kind="stream",
+            model=self.model,
+            language=self.language,
+            backend_preference=self.backend_preference,
+            features=frozenset({"words"}) if self.words else frozenset(),
+            customer=self.customer,
+            metadata=self.metadata,
+            request_id=request_id,
+        )
+        options = Options(
+            language=self.language,
+            prompt=self.prompt,
+            hotwords=self.hotwords,
+            words=self.words,
+            partials=self.partials or self.deltas,
+            vad=VadOptions(**self.vad.model_dump()),
+        )
+        return Setup(demand, options, self.wire)
+
+
+def start_of_frame(fields: Mapping[str, Any]) -> Start:
+    """Raises `Invalid`, which names the field."""
+    if fields.get("type") != "start":
+        raise Invalid("The first text frame must be `start`.", param="type")
+    return _start(fields, strict=True)
+
+
+def start_of_query(query: QueryParams) -> Start | None:
+    """None where the address carries no field. Raises `Invalid`, which names the field."""
+    names = [name for name in query if name not in _CREDENTIALS]
+    return _start({name: _query_value(query, name) for name in names}, strict=False) if names else None
+
+
+def _start(fields: Mapping[str, Any], *, strict: bool) -> Start:
+    try:
+        # as JSON, in which a strict tuple may come as a list
+        return Start.model_validate_json(json.dumps(fields), strict=strict)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _query_value(query: QueryParams, name: str) -> Any:
+    if name == "hotwords":
+        return query.getlist(name)
+    if name not in _JSON_FIELDS:
+        return query[name]
+    try:
+        return json.loads(query[name])
+    except (ValueError, RecursionError):
+        raise Invalid(f"`{name}` must be a JSON object.", param=name) from None
+
+
+def _refusal(error: ValidationError) -> Invalid:
+    """The first complaint, with the field's name."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    name = ".".join(str(part) for part in first["loc"])[:64] or "start"
+    if first["type"] == "extra_forbidden":
+        return Invalid(f"There is no field `{name}`.", param=name)
+    return Invalid(f"`{name}`: {first['msg'].removeprefix('Value error, ')}.", param=name)

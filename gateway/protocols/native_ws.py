@@ -1,0 +1,271 @@
+"""`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/api/stream.md).
+
+Resume is not offered yet: `ready` carries a null `resume_token`. `metrics` tells no dropped partials: the recogniser
+does not count them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, cast
+
+from starlette.datastructures import QueryParams
+from starlette.routing import BaseRoute, WebSocketRoute
+from starlette.websockets import WebSocket
+
+from dispatchers.dispatch import Live
+from dispatchers.interface import (
+    Clear,
+    Cleared,
+    Delta,
+    Event,
+    Final,
+    Flush,
+    Flushed,
+    Gap,
+    Partial,
+    SpeechStarted,
+    StreamError,
+    Used,
+    Word,
+)
+from gateway.auth import SUBPROTOCOL, caller_of
+from gateway.codec import Command, Metrics, Ping, Setup, Stop, Unknown
+from gateway.errors import known
+from gateway.frames import MAX_FRAME_BYTES, SEND_S, Frames, Message, Undecodable
+from gateway.intake import AHEAD_MS, Intake
+from gateway.latency import Latency
+from gateway.protocols.native_start import Start, start_of_frame, start_of_query
+from gateway.session import SEATS, converse
+from gateway.state import gateway_of, request_id_of
+from policy.errors import Invalid
+from runtime.errors import StenogateError
+from runtime.ids import show
+
+_ID_LENGTH = 256
+
+
+class Native:
+    """The codec of one connection."""
+
+    name = "native"
+
+    def __init__(self, request_id: str):
+        self._request_id = request_id
+        self._start = Start()
+
+    # --- frames to commands ---
+
+    def setup(self, text: str) -> Setup:
+        return self._opened(start_of_frame(_object(text)))
+
+    def setup_of_query(self, query: QueryParams) -> Setup | None:
+        """The same from the address; None where it carries no field."""
+        start = start_of_query(query)
+        return None if start is None else self._opened(start)
+
+    def command(self, text: str) -> Command:
+        message = _object(text)
+        match message.get("type"):
+            case "flush":
+                return Flush()
+            case "clear":
+                return Clear()
+            case "stop":
+                return Stop()
+            case "ping":
+                return Ping(_echoable(message.get("id")))
+            case "metrics":
+                return Metrics()
+            case "start":
+                raise Invalid("The session has started already.", param="type")
+            case other:
+                return Unknown(str(other)[:64])
+
+    def _opened(self, start: Start) -> Setup:
+        self._start = start
+        return start.setup(self._request_id)
+
+    # --- events to frames ---
+
+    def ready(self, live: Live, setup: Setup, idle_s: float) -> Message:
+        return {
+            "type": "ready",
+            "session_id": show("sess", live.session_id),
+            "resumed": False,
+            "resend_from_ms": 0,
+            "resume_token": None,
+            "backend": live.origin.backend,
+            "engine": live.origin.engine,
+            "model": live.origin.model,
+            "language": setup.options.language,
+            "encoding": setup.wire.encoding,
+            "sample_rate": setup.wire.rate,
+            "limits": {
+                "frame_bytes": MAX_FRAME_BYTES,
+                "ahead_ms": AHEAD_MS,
+                "idle_ms": round(idle_s * 1000),
+                "session_ms": live.policy.body.max_stream_ms,
+            },
+            "accepted_ms": 0,
+        }
+
+    def event(self, event: Event) -> Message | None:
+        match event:
+            case Partial():
+                return _partial(event) if self._start.partials else None
+            case Delta():
+                return _delta(event) if self._start.partials or self._start.deltas else None
+            case Final():
+                return _final(event, with_words=self._start.words)
+            case SpeechStarted(utterance, start_ms):
+                return {"type": "speech_started", "utterance": utterance, "start_ms": start_ms}
+            case Gap(start_ms, end_ms, reason):
+                return {"type": "gap", "start_ms": start_ms, "end_ms": end_ms, "reason": reason}
+            case Flushed(accepted_ms):
+                return {"type": "flushed", "accepted_ms": accepted_ms}
+            case Cleared(accepted_ms):
+                return {"type": "cleared", "accepted_ms": accepted_ms}
+            case Used():
+                return _usage(event)
+            case StreamError(code, message, retryable, fatal):
+                return _error(code, message, retryable=retryable, fatal=fatal)
+
+    def pong(self, ping: Ping, accepted_ms: int) -> Message:
+        return {"type": "pong", "id": ping.id, "accepted_ms": accepted_ms}
+
+    def metrics(self, latency: Latency, intake: Intake) -> Message:
+        return {
+            "type": "metrics",
+            "accepted_ms": intake.taken_ms,
+            "lag_ms": intake.lag_ms,
+            "partials": latency.sent["Partial"],
+            "finals": latency.sent["Final"],
+            "first_partial_ms": _spread(latency.first_partial),
+            "final_ms": _spread(latency.final),
+        }
+
+    def error(self, error: StenogateError, *, fatal: bool) -> Message:
+        return _error(error.code, error.message, retryable=error.retryable, fatal=fatal)
+
+    def closed(self, live: Live, reason: str) -> Message:
+        summary = live.summary
+        return {
+            "type": "closed",
+            "session_id": show("sess", live.session_id),
+            "reason": reason,
+            "accepted_ms": summary.accepted_ms,
+            "billed_ms": summary.billed_ms,
+            "utterances": summary.utterances,
+            "words": summary.words,
+            "coverage": round(summary.coverage, 6),
+        }
+
+
+def _heard(kind: str, event: Partial | Delta | Final) -> dict[str, Any]:
+    message = {"type": kind, "utterance": event.utterance, "start_ms": event.start_ms, "end_ms": event.end_ms}
+    return message if event.channel is None else message | {"channel": event.channel}
+
+
+def _partial(partial: Partial) -> Message:
+    return _heard("partial", partial) | {"text": partial.text, "stable": partial.stable}
+
+
+def _delta(delta: Delta) -> Message:
+    return _heard("delta", delta) | {"text": delta.text}
+
+
+def _final(final: Final, *, with_words: bool) -> Message:
+    message = _heard("final", final) | {
+        "text": final.text,
+        "language": final.language,
+        "confidence": round(final.confidence, 4),
+        "revised": final.revised,
+    }
+    if with_words:
+        message["words"] = [_word(word) for word in final.words]
+    if final.speaker is not None:
+        message["speaker"] = final.speaker
+    return message
+
+
+def _usage(used: Used) -> Message:
+    message = {"type": "usage", "accepted_ms": used.accepted_ms, "billed_ms": used.billed_ms}
+    if used.budget_remaining_ms is not None:
+        message["budget_remaining_ms"] = used.budget_remaining_ms
+    return message
+
+
+def _word(word: Word) -> dict[str, Any]:
+    return {
+        "word": word.text,
+        "start_ms": word.start_ms,
+        "end_ms": word.end_ms,
+        "confidence": round(word.confidence, 4),
+    }
+
+
+def _error(code: str, message: str, *, retryable: bool, fatal: bool) -> dict[str, Any]:
+    return {"type": "error", "code": code, "message": message, "retryable": retryable, "fatal": fatal}
+
+
+def _spread(figures: Sequence[int]) -> dict[str, int] | None:
+    """Of the latest figures; None where there are none."""
+    if not figures:
+        return None
+    ordered = sorted(figures)
+    at = len(ordered) - 1
+    return {"count": len(ordered), "p50": ordered[at // 2], "p95": ordered[at * 95 // 100], "max": ordered[-1]}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The frame's JSON object. What could not be sent back as JSON (NaN, half a surrogate pair) is none."""
+    try:
+        value = json.loads(text, parse_constant=_no_number)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise Undecodable from None
+    if not isinstance(value, dict):
+        raise Undecodable
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(name)
+
+
+def _echoable(value: object) -> object:
+    if len(json.dumps(value)) > _ID_LENGTH:
+        raise Invalid(f"A ping's id may have at most {_ID_LENGTH} characters.", param="id")
+    return value
+
+
+async def stream(websocket: WebSocket) -> None:
+    """The route. A refusal before the upgrade is an HTTP status with a problem."""
+    gateway = gateway_of(websocket)
+    request_id = request_id_of(websocket)
+    frames = Frames(websocket, send_s=min(SEND_S, gateway.settings.stream_idle_s))
+    try:
+        in_url = websocket.query_params.get("token") if gateway.settings.token_in_url else None
+        caller = await caller_of(websocket, "transcribe", token=in_url)
+        codec = Native(request_id)
+        setup = codec.setup_of_query(websocket.query_params)
+        with SEATS.seat(gateway.settings.max_streams):
+            offered = cast(Sequence[str], websocket.scope.get("subprotocols") or ())
+            await converse(
+                frames,
+                gateway.door,
+                caller,
+                codec,
+                setup,
+                subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None,
+                idle_s=gateway.settings.stream_idle_s,
+            )
+    except Exception as exc:
+        if frames.accepted:
+            raise
+        await frames.deny(known(exc), request_id)
+
+
+routes: list[BaseRoute] = [WebSocketRoute("/v1/stream", stream)]
