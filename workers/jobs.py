@@ -52,8 +52,8 @@ class Upload:
 @dataclass(frozen=True)
 class Job:
     """Where a job stands. `audio_ms` is None until the recording has been decoded; `queue_position` counts the jobs
-    before it, of everybody, and is None once it runs (and in listings); `attempts` counts the tries since it last got on; `eta_s` is None while nobody
-    can tell."""
+    before it, of everybody, and is None once it runs (and in listings); `attempts` counts the tries since it last got
+    on; `eta_s` is None while nobody can tell."""
 
     tenant_id: UUID
     id: UUID

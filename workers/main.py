@@ -58,7 +58,7 @@ def context_of(resources: Resources, door: Door) -> dict[Any, Any]:
 async def embedded_workers(context: dict[Any, Any], doorbell: InProcessDoorbell, count: int) -> AsyncIterator[None]:
     """So many workers in this process. On leaving, what they are at goes back to the queue."""
     shop: Workshop = context[CONTEXT]
-    async with scheduled(shop.database, doorbell):
+    async with scheduled(shop.database, shop.blobs, doorbell):
         workers = [asyncio.create_task(_answer(context, doorbell)) for _ in range(count)]
         try:
             yield
@@ -111,7 +111,7 @@ async def _work(settings: Settings, redis_url: str) -> None:
     async with open_resources(settings) as resources, open_door(resources) as opened:
         doorbell = ArqDoorbell(redis_url)
         try:
-            async with scheduled(resources.database, doorbell):
+            async with scheduled(resources.database, resources.blobs, doorbell):
                 arguments = worker_settings(settings, redis_url, context_of(resources, opened.door))
                 log.info("worker.ready", model=opened.catalogue()[0].name, jobs=settings.job_workers)
                 while not stop.is_set():

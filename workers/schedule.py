@@ -13,15 +13,18 @@ import structlog
 from sqlalchemy import text
 
 from policy.admission import reap
+from runtime.blobs import Blobs
 from runtime.database import Database
 from workers.errors import Unheard
 from workers.queue import Doorbell
+from workers.recordings import collect
 
 log = structlog.get_logger()
 
 SWEEP_S = 3.0
 SWEEP_BATCH = 500
 REAP_S = 60.0
+COLLECT_S = 60.0
 ABANDONED_S = 180  # three times what a living session is silent for at most
 
 
@@ -35,11 +38,12 @@ async def sweep(database: Database, doorbell: Doorbell) -> int:
 
 
 @asynccontextmanager
-async def scheduled(database: Database, doorbell: Doorbell) -> AsyncIterator[None]:
-    """Sweeps jobs and reaps sessions for as long as the context is open."""
+async def scheduled(database: Database, blobs: Blobs, doorbell: Doorbell) -> AsyncIterator[None]:
+    """Sweeps jobs, reaps sessions and collects recordings for as long as the context is open."""
     chores = (
         asyncio.create_task(_every(SWEEP_S, lambda: sweep(database, doorbell))),
         asyncio.create_task(_every(REAP_S, lambda: reap(database, ABANDONED_S))),
+        asyncio.create_task(_every(COLLECT_S, lambda: collect(database, blobs))),
     )
     try:
         yield

@@ -28,6 +28,7 @@ from runtime.settings import Settings
 from workers.chunks import Chunk, Heard, joined, plan, shifted
 from workers.claim import Claim
 from workers.errors import LeaseLost, WorkersLost
+from workers.recordings import discard
 
 log = structlog.get_logger()
 
@@ -65,7 +66,7 @@ async def transcribe_job(context: dict[Any, Any], tenant_id: str, job_id: str) -
             raise
         else:
             if ended:
-                await _discard(shop.blobs, claim.blob_key)
+                await discard(shop.database, shop.blobs, claim.tenant_id, claim.job_id, claim.blob_key)
 
 
 async def _while_held(claim: Claim, work: Coroutine[Any, Any, bool]) -> bool:
@@ -176,10 +177,3 @@ async def _give_back(claim: Claim) -> None:
         log.warning("job.not_given_back", error=type(error).__name__)
     else:
         log.info("job.given_back")
-
-
-async def _discard(blobs: Blobs, blob_key: str) -> None:
-    try:
-        await blobs.delete(blob_key)
-    except StenogateError as error:
-        log.warning("job.blob_left", blob_key=blob_key, code=error.code)

@@ -207,7 +207,7 @@ create table jobs (
                 check (status in ('queued', 'running', 'completed', 'failed', 'cancelled')),
     options     jsonb not null,
     fingerprint text not null,
-    blob_key    text not null,
+    blob_key    text, -- null once the recording is gone
     filename    text,
     size_bytes  bigint not null,
     audio_ms    bigint,
@@ -226,6 +226,7 @@ create table jobs (
 );
 create index jobs_by_time on jobs (tenant_id, created_at desc, id desc);
 create index jobs_waiting on jobs (run_after, id) where status in ('queued', 'running');
+create index jobs_recordings_left on jobs (finished_at) where blob_key is not null;
 create index jobs_by_fingerprint on jobs (tenant_id, fingerprint, created_at desc);
 
 create table job_chunks (

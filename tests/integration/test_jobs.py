@@ -35,6 +35,7 @@ from workers.errors import JobFailed, JobNotFound, JobNotReady
 from workers.jobs import Job, Jobs, Upload
 from workers.main import embedded_workers
 from workers.queue import InProcessDoorbell
+from workers.recordings import collect
 from workers.schedule import sweep
 from workers.transcribe import CONTEXT, Workshop, transcribe_job
 
@@ -371,6 +372,23 @@ async def test_a_recording_beyond_the_policy_fails_whatever_its_header_says(plan
     assert failed.error is not None
     assert (failed.status, failed.error["code"], failed.billed_ms) == ("failed", "AUDIO_TOO_LONG", 0)
     assert plant.blobs_left() == []
+
+
+async def test_a_recording_that_a_dead_worker_left_is_collected(plant: Plant, database: Database) -> None:
+    job = await plant.submit()
+    running = await plant.submit(1000)
+    (left,) = [path for path in plant.blobs_left() if path.stat().st_size > 100_000]
+    recording = left.read_bytes()
+    await plant.work(job)
+    left.parent.mkdir(parents=True, exist_ok=True)
+    left.write_bytes(recording)
+    async with database.tenant(job.tenant_id) as tx:
+        query = text("update jobs set blob_key = :key, finished_at = now() - interval '1 hour' where id = :id")
+        await tx.execute(query, {"id": job.id, "key": str(left.relative_to(plant.blob_dir))})
+    assert await collect(database, plant.shop.blobs) == 1
+    assert await collect(database, plant.shop.blobs) == 0
+    assert len(plant.blobs_left()) == 1
+    assert (await plant.work(running)).status == "completed"
 
 
 async def test_jobs_are_listed_newest_first_and_stand_in_line(plant: Plant) -> None:
