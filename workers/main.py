@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -19,7 +19,7 @@ from runtime.settings import Settings
 from runtime.telemetry import configure_logging
 from workers.jobs import Jobs
 from workers.queue import QUEUE, TASK, ArqDoorbell, InProcessDoorbell, dump, load, redis_settings
-from workers.schedule import scheduled
+from workers.schedule import swept, tidied
 from workers.transcribe import CONTEXT, Workshop, transcribe_job
 
 if TYPE_CHECKING:
@@ -36,17 +36,15 @@ REDIS_AWAY_S = 2.0
 @asynccontextmanager
 async def open_jobs(resources: Resources, door: Door) -> AsyncIterator[Jobs]:
     """The jobs of a gateway: done by workers on arq where there is a Redis, else by workers in this process."""
-    settings = resources.settings
-    if settings.redis_url is not None:
-        bell = ArqDoorbell(settings.redis_url.get_secret_value())
-        try:
-            yield Jobs(resources.database, resources.blobs, door, bell)
-        finally:
-            await bell.aclose()
-        return
-    doorbell = InProcessDoorbell()
-    async with embedded_workers(context_of(resources, door), doorbell, settings.job_workers):
-        yield Jobs(resources.database, resources.blobs, door, doorbell)
+    settings, database, blobs = resources.settings, resources.database, resources.blobs
+    async with tidied(database, blobs):
+        if settings.redis_url is None:
+            doorbell = InProcessDoorbell()
+            async with embedded_workers(context_of(resources, door), doorbell, settings.job_workers):
+                yield Jobs(database, blobs, door, doorbell)
+        else:
+            async with aclosing(ArqDoorbell(settings.redis_url.get_secret_value())) as bell:
+                yield Jobs(database, blobs, door, bell)
 
 
 def context_of(resources: Resources, door: Door) -> dict[Any, Any]:
@@ -58,7 +56,7 @@ def context_of(resources: Resources, door: Door) -> dict[Any, Any]:
 async def embedded_workers(context: dict[Any, Any], doorbell: InProcessDoorbell, count: int) -> AsyncIterator[None]:
     """So many workers in this process. On leaving, what they are at goes back to the queue."""
     shop: Workshop = context[CONTEXT]
-    async with scheduled(shop.database, shop.blobs, doorbell):
+    async with swept(shop.database, doorbell):
         workers = [asyncio.create_task(_answer(context, doorbell)) for _ in range(count)]
         try:
             yield
@@ -108,16 +106,17 @@ async def _work(settings: Settings, redis_url: str) -> None:
     stop = asyncio.Event()
     for sign in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(sign, stop.set)
-    async with open_resources(settings) as resources, open_door(resources) as opened:
-        doorbell = ArqDoorbell(redis_url)
-        try:
-            async with scheduled(resources.database, resources.blobs, doorbell):
-                arguments = worker_settings(settings, redis_url, context_of(resources, opened.door))
-                log.info("worker.ready", model=opened.catalogue()[0].name, jobs=settings.job_workers)
-                while not stop.is_set():
-                    await work_until(stop, Worker(**arguments))
-        finally:
-            await doorbell.aclose()
+    async with (
+        open_resources(settings) as resources,
+        open_door(resources) as opened,
+        aclosing(ArqDoorbell(redis_url)) as doorbell,
+        tidied(resources.database, resources.blobs),
+        swept(resources.database, doorbell),
+    ):
+        arguments = worker_settings(settings, redis_url, context_of(resources, opened.door))
+        log.info("worker.ready", model=opened.catalogue()[0].name, jobs=settings.job_workers)
+        while not stop.is_set():
+            await work_until(stop, Worker(**arguments))
     log.info("worker.stopped")
 
 

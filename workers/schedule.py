@@ -1,4 +1,4 @@
-"""What must happen from time to time, in every process that works: nothing is lost because nobody heard of it.
+"""What must happen from time to time: nothing is lost because nobody heard of it, or died before it was done.
 
 Any number of processes may do the same at once.
 """
@@ -15,6 +15,7 @@ from sqlalchemy import text
 from policy.admission import reap
 from runtime.blobs import Blobs
 from runtime.database import Database
+from runtime.telemetry import JOBS
 from workers.errors import Unheard
 from workers.queue import Doorbell
 from workers.recordings import collect
@@ -23,8 +24,8 @@ log = structlog.get_logger()
 
 SWEEP_S = 3.0
 SWEEP_BATCH = 500
-REAP_S = 60.0
-COLLECT_S = 60.0
+TIDY_S = 60.0
+COUNT_S = 10.0
 ABANDONED_S = 180  # three times what a living session is silent for at most
 
 
@@ -37,23 +38,43 @@ async def sweep(database: Database, doorbell: Doorbell) -> int:
     return len(due)
 
 
+async def count(database: Database) -> None:
+    """Tells the metrics how many jobs wait and run, of all tenants."""
+    async with database.across_tenants("how many jobs there are") as tx:
+        found = {row.status: row.jobs for row in await tx.execute(_COUNT)}
+    for state in ("queued", "running"):
+        JOBS.labels(state).set(found.get(state, 0))
+
+
 @asynccontextmanager
-async def scheduled(database: Database, blobs: Blobs, doorbell: Doorbell) -> AsyncIterator[None]:
-    """Sweeps jobs, reaps sessions and collects recordings for as long as the context is open."""
-    chores = (
-        asyncio.create_task(_every(SWEEP_S, lambda: sweep(database, doorbell))),
-        asyncio.create_task(_every(REAP_S, lambda: reap(database, ABANDONED_S))),
-        asyncio.create_task(_every(COLLECT_S, lambda: collect(database, blobs))),
-    )
+async def swept(database: Database, doorbell: Doorbell) -> AsyncIterator[None]:
+    """Rings for due jobs for as long as the context is open; in processes that work."""
+    async with _repeated(SWEEP_S, lambda: sweep(database, doorbell)):
+        yield
+
+
+@asynccontextmanager
+async def tidied(database: Database, blobs: Blobs) -> AsyncIterator[None]:
+    """Ends what crashes left open, removes what they left lying, and counts; in every process."""
+    async with (
+        _repeated(TIDY_S, lambda: reap(database, ABANDONED_S)),
+        _repeated(TIDY_S, lambda: collect(database, blobs)),
+        _repeated(COUNT_S, lambda: count(database)),
+    ):
+        yield
+
+
+@asynccontextmanager
+async def _repeated(seconds: float, chore: Callable[[], Awaitable[object]]) -> AsyncIterator[None]:
+    task = asyncio.create_task(_every(seconds, chore))
     try:
         yield
     finally:
-        for chore in chores:
-            chore.cancel()
-        await asyncio.gather(*chores, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
-async def _every(seconds: float, chore: Callable[[], Awaitable[int]]) -> None:
+async def _every(seconds: float, chore: Callable[[], Awaitable[object]]) -> None:
     while True:
         try:
             await chore()
@@ -70,3 +91,4 @@ _DUE = text("""
       and ((status = 'queued' and run_after <= now()) or (status = 'running' and lease_until < now()))
     order by run_after, id limit :batch
 """)
+_COUNT = text("select status, count(*) as jobs from jobs where status in ('queued', 'running') group by status")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dispatchers.dispatch import Door, outcome_of
 from dispatchers.errors import BackendFailed
 from dispatchers.interface import Samples, Segment, Transcript, to_ms
 from policy.admission import Lease
+from policy.errors import Conflict
 from policy.resolve import Candidate
 from runtime.blobs import Blobs
 from runtime.database import Database
@@ -87,14 +89,13 @@ async def _while_held(claim: Claim, work: Coroutine[Any, Any, bool]) -> bool:
 
 async def _attempt(shop: Workshop, claim: Claim) -> bool:
     """Whether the job has ended, well or badly; if not, it waits to be tried again."""
-    lease: Lease | None = None
     try:
         async with shop.door.attached(claim.tenant_id, claim.job_id) as lease:
             await _transcribe(shop, claim, lease)
     except LeaseLost:
         raise
     except Exception as error:  # noqa: BLE001 — not swallowed: stored with the job
-        return await _failed(shop, claim, lease, error)
+        return await _failed(shop, claim, error)
     log.info("job.completed", attempts=claim.attempts)
     return True
 
@@ -110,7 +111,8 @@ async def _transcribe(shop: Workshop, claim: Claim, lease: Lease) -> None:
     if candidate is not None:
         _pin(lease, candidate)
     covered_ms = pieces[-1].chunk.end_ms if pieces else 0
-    for chunk in plan(samples, shop.settings.chunk_ms, number=len(pieces), start_ms=covered_ms):
+    rest = plan(samples, shop.settings.chunk_ms, number=len(pieces), start_ms=covered_ms)
+    for chunk in await asyncio.to_thread(list, rest):
         piece, candidate = await _recognise(shop.door, claim, lease, samples, chunk)
         await claim.add(piece, candidate)
         _pin(lease, candidate)
@@ -152,8 +154,8 @@ async def _settle(claim: Claim, lease: Lease, transcript: Transcript) -> None:
     )
 
 
-async def _failed(shop: Workshop, claim: Claim, lease: Lease | None, error: Exception) -> bool:
-    """Whether that was the end of it. Without a lease the session has ended already, or cannot be reached."""
+async def _failed(shop: Workshop, claim: Claim, error: Exception) -> bool:
+    """Whether that was the end of it."""
     known = error if isinstance(error, StenogateError) else StenogateError()
     final = isinstance(error, StenogateError) and not error.retryable
     log.warning("job.failed", code=known.code, error=type(error).__name__, attempts=claim.attempts, final=final)
@@ -161,9 +163,10 @@ async def _failed(shop: Workshop, claim: Claim, lease: Lease | None, error: Exce
         backoff_s = min(RETRY_S * 2 ** (claim.attempts - 1), RETRY_MOST_S)
         await claim.retry(known.retry_after_s or backoff_s)
         return False
-    if lease is not None:
-        await claim.renew()  # whoever lost the job must not end its session
-        await lease.fail(known.code)
+    await claim.renew()  # whoever lost the job must not end its session
+    with suppress(Conflict):  # it has ended already
+        async with shop.door.attached(claim.tenant_id, claim.job_id) as lease:
+            await lease.fail(known.code)
     await claim.fail(known)
     return True
 

@@ -31,12 +31,13 @@ from runtime.blobs import Blobs
 from runtime.coordination import InProcess
 from runtime.database import Database
 from runtime.settings import Settings
+from runtime.telemetry import REGISTRY
 from workers.errors import JobFailed, JobNotFound, JobNotReady
 from workers.jobs import Job, Jobs, Upload
 from workers.main import embedded_workers
 from workers.queue import InProcessDoorbell
 from workers.recordings import collect
-from workers.schedule import sweep
+from workers.schedule import count, sweep
 from workers.transcribe import CONTEXT, Workshop, transcribe_job
 
 WORDS = tuple(f"w{number}" for number in range(1000))
@@ -436,6 +437,16 @@ async def test_embedded_workers_find_what_nobody_rang_for(plant: Plant, database
     assert await sweep(database, plant.bell) >= 1
     async with embedded_workers(plant.context, plant.bell, 2):
         assert (await jobs.wait(job.tenant_id, job.id, 30)).status == "completed"
+
+
+async def test_the_metrics_count_jobs_by_state(plant: Plant, database: Database) -> None:
+    job = await plant.submit()
+    await count(database)
+    waiting = REGISTRY.get_sample_value("stenogate_jobs", {"state": "queued"})
+    await plant.work(job)
+    await count(database)
+    assert waiting is not None
+    assert REGISTRY.get_sample_value("stenogate_jobs", {"state": "queued"}) == waiting - 1
 
 
 async def test_a_full_doorbell_does_not_lose_the_job(plant: Plant, database: Database) -> None:
