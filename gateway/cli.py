@@ -99,8 +99,18 @@ def engine(
 ) -> None:
     """The recogniser alone, over HTTP in OpenAI's shape, for callers who hold STENOGATE_ENGINE_TOKEN."""
     from dispatchers.engine.serve import run
+    from dispatchers.local import choose_model, local_backend
+    from runtime.telemetry import configure_logging
 
-    run(Settings(), host=host, port=port)
+    settings = Settings()
+    configure_logging(settings.log_level, settings.log_format)
+    run(
+        lambda: local_backend(settings, choose_model(settings)),
+        host=host,
+        port=port,
+        token=settings.engine_token.get_secret_value() if settings.engine_token else None,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
 
 
 @app.command()

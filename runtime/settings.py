@@ -57,6 +57,11 @@ class Settings(BaseSettings):
     )
     engine_workers: int = Field(0, ge=0, le=64, description="Recognitions at once; 0: as many as cores.")
     engine_queue: int = Field(256, ge=1, description="Recognitions waiting before a request is refused.")
+    engine_token: SecretStr | None = Field(
+        None,
+        min_length=1,
+        description="Bearer token that callers of the engine role must send. Unset: it only listens on loopback.",
+    )
     backend: Literal["local", "scripted"] = Field(
         "local", description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests."
     )

@@ -1,0 +1,36 @@
+"""The local backend as the settings want it."""
+
+from __future__ import annotations
+
+import os
+
+import structlog
+
+from dispatchers.backends.local import LocalBackend
+from dispatchers.engine.models import Resolved, resolve
+from runtime.settings import Settings
+
+log = structlog.get_logger()
+
+
+def choose_model(settings: Settings) -> Resolved:
+    """Which model is the default, and why. Blocks: it may ask the hub.
+
+    Raises `UnknownModel`; `BackendUnavailable` with the remedy."""
+    resolved = resolve(settings.model, configured=settings.whisper_model, cache_dir=settings.model_cache_dir)
+    told = log.warning if resolved.downgraded else log.info
+    told("model.chosen", model=resolved.spec.name, engine=resolved.spec.engine, reason=resolved.reason)
+    return resolved
+
+
+def local_backend(settings: Settings, chosen: Resolved) -> LocalBackend:
+    """The backend, its model not loaded yet."""
+    return LocalBackend(
+        chosen.spec,
+        workers=settings.engine_workers or os.cpu_count() or 1,
+        device=settings.device,
+        compute_type=settings.compute_type,
+        cache_dir=settings.model_cache_dir,
+        shortest_window=settings.shortest_window,
+        queue_limit=settings.engine_queue,
+    )
