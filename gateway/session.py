@@ -224,6 +224,8 @@ class Session:
                         await self._send(message)
         except TimeoutError:
             raise BackendTimeout from None
+        except Exception as exc:  # noqa: BLE001 — inside the door it must be one of ours, which it records
+            raise _admitted(exc) from None
 
     async def _send(self, message: Message) -> None:
         try:

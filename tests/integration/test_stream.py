@@ -11,9 +11,14 @@ import pytest
 from av import AudioFrame, AudioResampler
 from sqlalchemy import text
 
+from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.live import ALAW, MULAW
-from dispatchers.interface import Samples, to_ms
+from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.scripted import Scripted
+from dispatchers.errors import BackendFailed
+from dispatchers.interface import Heard, Options, Samples, Transcript, ignore, to_ms
+from gateway.intake import AHEAD_MS
 from gateway.session import SEATS
 from policy import tenants
 from policy.tenants import Tenant
@@ -35,6 +40,11 @@ async def server(settings: Settings) -> AsyncIterator[Served]:
 
 
 @pytest.fixture(scope="module")
+def vad() -> SileroVad:
+    return SileroVad.load()
+
+
+@pytest.fixture(scope="module")
 async def scripted(settings: Settings) -> AsyncIterator[Served]:
     async with serving(settings, backend="scripted") as running:
         yield running
@@ -46,7 +56,8 @@ async def row_of(server: Served, tenant: Tenant, session_id: str) -> Any:
         while True:
             async with server.gateway.resources.database.tenant(tenant.id) as tx:
                 query = text("""
-                    select s.*, (select coalesce(sum(l.billed_ms), 0) from usage_ledger l where source_id = s.id) ledger_ms
+                    select s.*,
+                        (select coalesce(sum(l.billed_ms), 0) from usage_ledger l where l.source_id = s.id) ledger_ms
                     from sessions s where s.id = :id
                 """)
                 row = (await tx.execute(query, {"id": read("sess", session_id)})).one()
@@ -349,8 +360,11 @@ async def test_a_suspended_tenant_is_cut_off_at_the_next_block(scripted: Served)
         await talk.until("ready")
         async with scripted.gateway.resources.database.across_tenants("test") as tx:
             await tenants.set_status(tx, tenant.id, "suspended", actor="test")
-        await talk.speak(SILENCE * 20, step=32_000)
+        while not talk.over:  # as a microphone does
+            await talk.speak(SILENCE)
+            await asyncio.sleep(0.05)
         assert await talk.end() == (4403, "TENANT_SUSPENDED")
+    assert talk.events[-1]["code"] == "TENANT_SUSPENDED"
     assert await refused(scripted, scripted.token(tenant)) == (403, "TENANT_SUSPENDED")
 
 
@@ -365,6 +379,78 @@ async def test_a_session_may_not_be_longer_than_the_policy_says(server: Served) 
     assert talk.text == said
     row = await row_of(server, tenant, ready["session_id"])
     assert (row.status, row.billed_ms) == ("interrupted", to_ms(len(samples)))
+
+
+async def test_an_utterance_that_cannot_be_recognised_is_a_gap(settings: Settings, vad: SileroVad) -> None:
+    samples, _ = clip("clip05.wav")
+    async with serving(settings, recogniser=Segmenting(Scripted(fail=BackendFailed), vad)) as failing:
+        async with talking(failing, failing.token(await failing.tenant())) as talk:
+            await talk.say("start")
+            await talk.speak(samples.tobytes())
+            await talk.say("stop")
+            assert await talk.end() == (1000, "")
+    error, gap, closed = talk.events[-3:]
+    assert (error["code"], error["retryable"], error["fatal"]) == ("BACKEND_FAILED", True, False)
+    assert (gap["type"], gap["reason"]) == ("gap", "BACKEND_FAILED")
+    assert closed["coverage"] == round(1 - (gap["end_ms"] - gap["start_ms"]) / closed["accepted_ms"], 6)
+
+
+class Broken(Scripted):
+    """Fails in a way that nobody foresaw, and chatters."""
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        raise ZeroDivisionError("he has a black dog")
+
+
+async def test_our_own_fault_is_told_without_a_word_of_it(
+    settings: Settings, vad: SileroVad, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, _ = clip("clip05.wav")
+    async with serving(settings, recogniser=Segmenting(Broken(), vad)) as broken:
+        tenant = await broken.tenant()
+        async with talking(broken, broken.token(tenant)) as talk:
+            await talk.say("start")
+            ready = await talk.until("ready")
+            await talk.speak(samples.tobytes())
+            assert await talk.end() == (1011, "INTERNAL")
+        row = await row_of(broken, tenant, ready["session_id"])
+    assert (talk.events[-1]["code"], talk.events[-1]["fatal"]) == ("INTERNAL", True)
+    assert (row.status, row.code) == ("interrupted", "INTERNAL")
+    logged = capsys.readouterr().out
+    assert "ZeroDivisionError" in logged
+    assert "black dog" not in logged + str(talk.events)
+
+
+async def test_a_recogniser_that_never_answers_holds_nobody(
+    settings: Settings, vad: SileroVad, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.session.DRAIN_S", 0.5)
+    samples, _ = clip("clip05.wav")
+    async with serving(settings, recogniser=Segmenting(Scripted(delay_s=600), vad)) as stuck:
+        async with talking(stuck, stuck.token(await stuck.tenant())) as talk:
+            await talk.say("start")
+            await talk.speak(samples.tobytes())
+            await talk.say("stop")
+            assert await talk.end() == (1011, "BACKEND_TIMEOUT")
+    assert SEATS.taken == 0
+
+
+async def test_who_speaks_faster_than_we_hear_is_held_back_and_loses_nothing(
+    settings: Settings, vad: SileroVad
+) -> None:
+    samples = np.tile(load(SAMPLES / "long.wav"), 3)
+    async with serving(settings, recogniser=Segmenting(Scripted(delay_s=0.05), vad)) as slow:
+        async with talking(slow, slow.token(await slow.tenant())) as talk:
+            await talk.say("start", partials=False)
+            await talk.speak(samples.tobytes(), step=32_000)
+            await talk.say("metrics")
+            metrics = await talk.until("metrics")
+            await talk.say("stop")
+            assert await talk.end() == (1000, "")
+    assert metrics["accepted_ms"] + AHEAD_MS + 1_000 >= to_ms(len(samples))
+    assert metrics["lag_ms"] <= AHEAD_MS + 1_000
+    assert talk.events[-1]["accepted_ms"] == to_ms(len(samples))
+    assert_well_formed(talk.events)
 
 
 # --- many at once -------------------------------------------------------------------------------------------------
