@@ -1,0 +1,37 @@
+"""The application: routes and what surrounds them. Whoever serves opens the parts and closes them again."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute
+
+from gateway import docs_page, health
+from gateway.api import explain, jobs, sessions, usage
+from gateway.middleware import Answered, Identified, unhandled
+from gateway.protocols import native_ws, openai_rest
+from gateway.state import Gateway
+
+ROUTES: tuple[BaseRoute, ...] = (
+    *openai_rest.routes,
+    *native_ws.routes,
+    *jobs.routes,
+    *sessions.routes,
+    *usage.routes,
+    *explain.routes,
+    *health.routes,
+    *docs_page.routes,
+)
+
+
+def create_app(gateway: Gateway) -> Starlette:
+    """An ASGI application over open parts. It has no lifespan of its own."""
+    app = Starlette(
+        routes=list(ROUTES),
+        middleware=[Middleware(Identified), Middleware(Answered)],
+        exception_handlers={HTTPException: unhandled},
+    )
+    app.router.redirect_slashes = False
+    app.state.gateway = gateway
+    return app

@@ -1,0 +1,65 @@
+"""Whether this process lives, whether it should get work, and its figures."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from gateway.state import gateway_of
+
+log = structlog.get_logger()
+
+PING_S = 3.0
+
+
+async def livez(request: Request) -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """503 while Postgres cannot be reached. The models' states are told, and do not decide: an engine that loads or is
+    down elsewhere is no reason to take every gateway out."""
+    gateway = gateway_of(request)
+    models = {card.name: card.status for card in gateway.catalogue()}
+    try:
+        async with asyncio.timeout(PING_S):
+            await gateway.resources.database.ping()
+    except Exception as exc:  # noqa: BLE001 — whatever the driver raises means the same here
+        log.warning("health.database_unreachable", error=type(exc).__name__)
+        checks = {"database": "unreachable", "models": models}
+        return JSONResponse({"status": "not_ready", "checks": checks}, 503, {"retry-after": "5"})
+    return JSONResponse({"status": "ready", "checks": {"database": "ok", "models": models}})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+
+async def metrics_json(request: Request) -> Response:
+    """The same figures for people and scripts: name → help and samples. Histograms without their buckets."""
+    return JSONResponse({family.name: _family(family) for family in REGISTRY.collect()})
+
+
+def _family(family: Any) -> dict[str, Any]:
+    samples = [
+        {"name": sample.name, "labels": sample.labels, "value": sample.value}
+        for sample in family.samples
+        if not sample.name.endswith(("_bucket", "_created"))
+    ]
+    return {"type": family.type, "help": family.documentation, "samples": samples}
+
+
+routes: list[BaseRoute] = [
+    Route("/livez", livez),
+    Route("/readyz", readyz),
+    Route("/metrics", metrics),
+    Route("/metrics.json", metrics_json),
+]

@@ -1,0 +1,230 @@
+"""The OpenAPI 3.1 document: what `gateway.openapi_paths` says of the routes, and the shapes they share."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from dispatchers.formats import FORMATS
+from gateway.errors import MEANINGS, MEDIA_TYPE
+from gateway.openapi_paths import PATHS, listed, obj, ref
+
+_INTEGER = {"type": "integer"}
+_STRING = {"type": "string"}
+_MAYBE_INTEGER = {"type": ["integer", "null"]}
+_MAYBE_STRING = {"type": ["string", "null"]}
+_SECONDS = {"type": ["integer", "null"], "description": "Unix seconds."}
+_METADATA = {"type": "object", "additionalProperties": _STRING}
+
+_FORM = {
+    "file": {"type": "string", "format": "binary", "description": "wav, flac, mp3, m4a, mp4, ogg, webm …"},
+    "model": {**_STRING, "description": "Of `GET /v1/models`; `whisper-1` means the tenant's default."},
+    "prompt": {**_STRING, "description": "Text that leads up to the recording, or names in it."},
+    "response_format": {"type": "string", "enum": list(FORMATS), "default": "json"},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 1},
+    "language": {**_STRING, "description": "ISO 639-1; unset, it is detected."},
+    "timestamp_granularities[]": {
+        "type": "array",
+        "items": {"type": "string", "enum": ["word", "segment"]},
+        "description": "With `verbose_json` only.",
+    },
+    "keywords[]": {"type": "array", "items": _STRING, "description": "Words likely to occur."},
+    "stream": {"type": "boolean", "description": "Answer with server-sent events; `json` and `text` only."},
+    "backend_preference": {"type": "string", "enum": ["any", "prefer_self_hosted", "prefer_relay"], "default": "any"},
+    "customer": {**_STRING, "description": "The tenant's own customer, for its own bills."},
+    "metadata": {**_STRING, "description": "A JSON object of short strings; kept with the session."},
+    "async": {
+        "type": "string",
+        "enum": ["auto", "true", "false"],
+        "default": "auto",
+        "description": "`true`: a job, answered 202. `false`: always wait. `auto`: a job where the recording is long"
+        " and the caller can poll (not an OpenAI SDK, not a stream).",
+    },
+}
+
+SCHEMAS: dict[str, Any] = {
+    "Problem": obj(
+        {
+            "type": _STRING,
+            "title": _STRING,
+            "status": _INTEGER,
+            "detail": _STRING,
+            "code": {"type": "string", "enum": sorted(MEANINGS)},
+            "request_id": _STRING,
+            "retryable": {"type": "boolean"},
+            "param": _STRING,
+            "error": {
+                **obj({"message": _STRING, "type": _STRING, "param": _MAYBE_STRING, "code": _MAYBE_STRING}),
+                "description": "The same for OpenAI's clients; under `/v1/audio` and `/v1/models` only.",
+            },
+        },
+        required=["type", "title", "status", "detail", "code", "request_id", "retryable"],
+    ),
+    "TranscriptionForm": obj(_FORM, required=["file", "model"]),
+    "Usage": obj({"type": {"const": "duration"}, "seconds": _INTEGER}),
+    "Transcription": obj({"text": _STRING, "usage": ref("Usage")}, required=["text"]),
+    "VerboseTranscription": obj(
+        {
+            "task": {"type": "string", "enum": ["transcribe", "translate"]},
+            "language": _STRING,
+            "duration": {"type": "number"},
+            "text": _STRING,
+            "segments": {"type": "array", "items": ref("Segment")},
+            "words": {"type": "array", "items": ref("Word")},
+            "usage": ref("Usage"),
+        }
+    ),
+    "Segment": obj(
+        {
+            "id": _INTEGER,
+            "seek": _INTEGER,
+            "start": {"type": "number"},
+            "end": {"type": "number"},
+            "text": _STRING,
+            "tokens": {"type": "array", "items": _INTEGER},
+            "temperature": {"type": "number"},
+            "avg_logprob": {"type": "number"},
+            "compression_ratio": {"type": "number"},
+            "no_speech_prob": {"type": "number"},
+        }
+    ),
+    "Word": obj({"word": _STRING, "start": {"type": "number"}, "end": {"type": "number"}}),
+    "Model": obj(
+        {
+            "id": _STRING,
+            "object": {"const": "model"},
+            "created": _INTEGER,
+            "owned_by": _STRING,
+            "engine": _STRING,
+            "status": {"type": "string", "enum": ["available", "cached", "loading", "ready", "failed"]},
+            "alias_of": _STRING,
+        },
+        required=["id", "object", "created", "owned_by"],
+    ),
+    "Models": listed("Model", cursor=False),
+    "Job": obj(
+        {
+            "id": _STRING,
+            "object": {"const": "transcription.job"},
+            "status": {"type": "string", "enum": ["queued", "running", "completed", "failed", "cancelled"]},
+            "created_at": _SECONDS,
+            "started_at": _SECONDS,
+            "finished_at": _SECONDS,
+            "progress": {"type": "number", "minimum": 0, "maximum": 1},
+            "eta_s": {"type": ["number", "null"]},
+            "queue_position": _MAYBE_INTEGER,
+            "audio_ms": _MAYBE_INTEGER,
+            "billed_ms": _INTEGER,
+            "backend": _MAYBE_STRING,
+            "model": _MAYBE_STRING,
+            "attempts": _INTEGER,
+            "filename": _MAYBE_STRING,
+            "customer": _MAYBE_STRING,
+            "metadata": _METADATA,
+            "error": {"type": ["object", "null"], "properties": {"code": _STRING, "message": _STRING}},
+            "links": obj({"self": _STRING, "events": _STRING, "transcript": _STRING}, required=["self", "events"]),
+        },
+        required=["id", "object", "status", "created_at", "links"],
+    ),
+    "Jobs": listed("Job"),
+    "Session": obj(
+        {
+            "id": _STRING,
+            "object": {"const": "session"},
+            "kind": {"type": "string", "enum": ["file", "stream", "job"]},
+            "status": {"type": "string", "enum": ["open", "completed", "failed", "interrupted", "cancelled"]},
+            "code": _MAYBE_STRING,
+            "subject": _STRING,
+            "customer": _MAYBE_STRING,
+            "metadata": _METADATA,
+            "request_id": _MAYBE_STRING,
+            "policy_version": _INTEGER,
+            "backend": _MAYBE_STRING,
+            "engine": _MAYBE_STRING,
+            "model": _MAYBE_STRING,
+            "language": _MAYBE_STRING,
+            "started_at": _SECONDS,
+            "ended_at": _SECONDS,
+            "accepted_ms": _INTEGER,
+            "billed_ms": _INTEGER,
+            "utterances": _INTEGER,
+            "words": _INTEGER,
+            "text": {**_MAYBE_STRING, "description": "Of a single session only; null where it is not kept."},
+            "decision": {"type": "object"},
+        }
+    ),
+    "Sessions": listed("Session"),
+    "UsageReport": obj(
+        {
+            "object": {"const": "usage"},
+            "currency": _STRING,
+            "data": {
+                "type": "array",
+                "items": obj(
+                    {
+                        "day": _STRING,
+                        "backend": _STRING,
+                        "model": _STRING,
+                        "customer": _MAYBE_STRING,
+                        "requests": _INTEGER,
+                        "audio_ms": _INTEGER,
+                        "billed_ms": _INTEGER,
+                        "amount": {**_STRING, "description": "A decimal number."},
+                        "currency": _STRING,
+                    }
+                ),
+            },
+        }
+    ),
+    "Question": obj(
+        {
+            "kind": {"type": "string", "enum": ["file", "stream", "job"], "default": "file"},
+            "model": _MAYBE_STRING,
+            "language": _MAYBE_STRING,
+            "task": {"type": "string", "enum": ["transcribe", "translate"], "default": "transcribe"},
+            "backend_preference": _FORM["backend_preference"],
+            "features": {"type": "array", "items": _STRING},
+            "audio_ms": _MAYBE_INTEGER,
+        },
+        required=[],
+    ),
+    "Decision": obj(
+        {
+            "object": {"const": "policy.decision"},
+            "policy_version": _INTEGER,
+            "candidates": {"type": "array", "items": ref("Standing")},
+            "refused": {"type": "array", "items": ref("Standing")},
+        }
+    ),
+    "Standing": obj({"backend": _STRING, "model": _STRING, "reason": _STRING}),
+}
+
+
+@cache
+def document() -> dict[str, Any]:
+    """The whole document. Codes and their meanings in every protocol stand in `x-codes`."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Stenogate",
+            "version": version("stenogate"),
+            "description": "Speech in, text and bills out: recordings, live streams and jobs.",
+        },
+        "security": [{"bearer": []}],
+        "paths": PATHS,
+        "components": {
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+            "responses": {
+                "Problem": {
+                    "description": "A refusal or failure (RFC 9457); `code` says which, `x-codes` lists them.",
+                    "content": {MEDIA_TYPE: {"schema": ref("Problem")}},
+                }
+            },
+            "schemas": SCHEMAS,
+        },
+        "x-codes": {
+            code: {"status": meaning.status, "close": meaning.close, "title": meaning.title}
+            for code, meaning in MEANINGS.items()
+        },
+    }

@@ -1,0 +1,42 @@
+"""What the routes work with, assembled by whoever serves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from starlette.requests import HTTPConnection
+
+from dispatchers.dispatch import Door
+from gateway.decoding import Decoder
+from policy.identity import Authenticator
+from runtime.resources import Resources
+from runtime.settings import Settings
+from workers.jobs import Jobs
+
+if TYPE_CHECKING:
+    from dispatchers.backends.local import ModelCard
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Open parts, shared by every request. `catalogue` tells the models of this installation, its default first."""
+
+    settings: Settings
+    resources: Resources
+    authenticator: Authenticator
+    door: Door
+    jobs: Jobs
+    catalogue: Callable[[], tuple[ModelCard, ...]]
+    decoder: Decoder = field(default_factory=Decoder)
+
+
+def gateway_of(connection: HTTPConnection) -> Gateway:
+    """The gateway that a request or WebSocket came to."""
+    return cast(Gateway, connection.app.state.gateway)
+
+
+def request_id_of(connection: HTTPConnection) -> str:
+    """The id that every answer and log line of this request carries."""
+    return cast(str, connection.scope["state"]["request_id"])
