@@ -197,12 +197,12 @@ class Door:
         """
         policy, decision = await self.explain(caller, demand)
         async with self._admission.admit(caller, demand, policy, decision) as lease:
-            candidate = decision.candidates[0]
+            candidate = lease.decision.candidates[0]
             dispatcher = self._backends[candidate.backend]
             meter = Meter(lease, candidate, lambda: self._authenticator.recheck(caller))
             summary = Summary()
             pinned = self._pinned(options, candidate, lease.tenant_id)
-            ending: StenogateError | None = None
+            ending: BaseException | None = None
             try:
                 async with (
                     dispatcher.stream(meter.audio(audio), pinned) as events,
@@ -210,7 +210,7 @@ class Door:
                 ):
                     origin = dispatcher.origin(candidate.model)
                     yield Live(lease.session_id, candidate, origin, policy, merged, summary)
-            except StenogateError as error:
+            except (StenogateError, asyncio.CancelledError) as error:
                 ending = error
                 raise
             finally:
@@ -266,10 +266,10 @@ async def _merged(events: AsyncIterator[Event], meter: Meter, summary: Summary) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _stream_outcome(summary: Summary, ending: StenogateError | None, *, keep_text: bool) -> Outcome:
+def _stream_outcome(summary: Summary, ending: BaseException | None, *, keep_text: bool) -> Outcome:
     return Outcome(
         status="completed" if ending is None else "interrupted",
-        code=None if ending is None else ending.code,
+        code=ending.code if isinstance(ending, StenogateError) else None,
         engine=None,
         language=summary.language,
         utterances=summary.utterances,

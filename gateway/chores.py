@@ -10,15 +10,16 @@ import json
 from collections.abc import Awaitable, Callable
 from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
 
 from pydantic import ValidationError
 
-from gateway.client import Client, ClientError
-from policy import budget, policies, pricing, statements, tenants
+from policy import budget, issuers, policies, pricing, statements, tenants
 from policy.budget import Period
 from policy.errors import Invalid
 from policy.identity import SCOPES, mint
+from policy.issuers import Issuer
 from policy.policies import Policy, PolicyBody
 from policy.tenants import Status, Tenant
 from runtime.database import Database
@@ -26,6 +27,9 @@ from runtime.embedded import prepare, with_database
 from runtime.settings import Settings
 from runtime.signing import signing_key
 from runtime.telemetry import configure_logging
+
+if TYPE_CHECKING:
+    from gateway.client import Client
 
 T = TypeVar("T")
 ACTOR = "cli"
@@ -113,6 +117,51 @@ def token(settings: Settings, slug: str, *, scopes: list[str], ttl_s: int, subje
         )
 
     return _with_database(settings, work)
+
+
+def add_issuer(
+    settings: Settings,
+    slug: str,
+    *,
+    issuer: str,
+    audience: str,
+    jwks_uri: str,
+    algorithms: list[str],
+    claim: str,
+    scopes_claim: str,
+) -> Issuer:
+    """An external signer of the tenant's tokens; `claim` is NAME=VALUE. Raises `Invalid`."""
+    name, equals, value = claim.partition("=")
+    if not (name and equals and value):
+        raise Invalid("--claim is NAME=VALUE, such as org=acme")
+
+    async def work(database: Database) -> Issuer:
+        async with database.across_tenants("add an issuer") as tx:
+            tenant = await tenants.by_slug(tx, slug)
+            return await issuers.add(
+                tx,
+                tenant.id,
+                issuer=issuer,
+                audience=audience,
+                jwks_uri=jwks_uri,
+                algorithms=algorithms,
+                tenant_claim=name,
+                tenant_claim_value=value,
+                scopes_claim=scopes_claim,
+                actor=ACTOR,
+            )
+
+    return _with_database(settings, work)
+
+
+def disable_issuer(settings: Settings, issuer_id: UUID) -> None:
+    """Stops accepting what an issuer signs."""
+
+    async def work(database: Database) -> None:
+        async with database.across_tenants("disable an issuer") as tx:
+            await issuers.disable(tx, issuer_id, actor=ACTOR)
+
+    _with_database(settings, work)
 
 
 def show_policy(settings: Settings, slug: str) -> Policy:
@@ -224,7 +273,9 @@ def _month(shown: str) -> tuple[date, date]:
 
 
 def local_client(settings: Settings, url: str | None, token: str | None) -> Client:
-    """A client of the given gateway, or of the one that serves on this data dir."""
+    """A client of the given gateway, or of the one that serves on this data dir. Raises `ClientError`."""
+    from gateway.client import Client, ClientError
+
     if url is not None and token is not None:
         return Client(url.rstrip("/"), token)
     found = settings.data_dir / "serve.json"

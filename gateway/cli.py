@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
+from uuid import UUID
 
 import typer
 from pydantic import ValidationError
@@ -15,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway import chores
-from gateway.client import Client, ClientError
 from gateway.duration import seconds
 from runtime.errors import StenogateError
 from runtime.settings import Settings
@@ -30,7 +30,14 @@ tenant_app = typer.Typer(help="The customers.", no_args_is_help=True)
 policy_app = typer.Typer(help="What a tenant may do: a versioned JSON body.", no_args_is_help=True)
 price_app = typer.Typer(help="What an hour costs; nothing without a price is sold.", no_args_is_help=True)
 budget_app = typer.Typer(help="How much a tenant may spend.", no_args_is_help=True)
-for name, group in (("tenant", tenant_app), ("policy", policy_app), ("price", price_app), ("budget", budget_app)):
+issuer_app = typer.Typer(help="Who, beside the gateway, may sign a tenant's tokens.", no_args_is_help=True)
+for name, group in (
+    ("tenant", tenant_app),
+    ("issuer", issuer_app),
+    ("policy", policy_app),
+    ("price", price_app),
+    ("budget", budget_app),
+):
     app.add_typer(group, name=name)
 
 out = Console()
@@ -45,8 +52,6 @@ def main() -> None:
         app()
     except StenogateError as error:
         _fail(error.message)
-    except ClientError as error:
-        _fail(str(error))
     except ValidationError as error:
         _fail("; ".join(f"STENOGATE_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()))
     except OSError as error:
@@ -183,6 +188,40 @@ def token(
     sys.stdout.write(chores.token(Settings(), tenant, scopes=scopes, ttl_s=seconds(ttl), subject=subject) + "\n")
 
 
+@issuer_app.command("add")
+def issuer_add(
+    tenant: TenantOption,
+    issuer: Annotated[str, typer.Argument(help="The `iss` of its tokens, exactly.")],
+    jwks: Annotated[str, typer.Option(help="https address of its key set.")],
+    claim: Annotated[str, typer.Option(help="NAME=VALUE: the claim by which its tokens mean this tenant.")],
+    audience: Annotated[str, typer.Option(help="The `aud` of its tokens.")] = "stenogate",
+    algorithm: Annotated[list[str] | None, typer.Option(help="Repeat for several; default: RS256.")] = None,
+    scopes_claim: Annotated[str, typer.Option(help="The claim that holds the scopes.")] = "scope",
+) -> None:
+    """Lets an identity provider sign for a tenant.
+
+    Example: `stenogate issuer add -t acme https://id.acme.com --jwks https://id.acme.com/jwks.json --claim org=acme`
+    """
+    added = chores.add_issuer(
+        Settings(),
+        tenant,
+        issuer=issuer,
+        audience=audience,
+        jwks_uri=jwks,
+        algorithms=algorithm or ["RS256"],
+        claim=claim,
+        scopes_claim=scopes_claim,
+    )
+    out.print(f"issuer {added.issuer} ({added.id})", highlight=False)
+
+
+@issuer_app.command("disable")
+def issuer_disable(issuer_id: Annotated[UUID, typer.Argument(help="As `issuer add` printed it.")]) -> None:
+    """Stops accepting an issuer's tokens, within half a minute."""
+    chores.disable_issuer(Settings(), issuer_id)
+    out.print(f"issuer {issuer_id} is disabled", highlight=False)
+
+
 @policy_app.command("show")
 def policy_show(tenant: TenantOption) -> None:
     """The policy in force, as JSON."""
@@ -280,6 +319,3 @@ def doctor() -> None:
     from gateway.doctor import examine
 
     sys.exit(examine(Settings(), out))
-
-
-__all__ = ["Client", "app", "main"]

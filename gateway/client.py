@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ from websockets.asyncio.client import connect
 
 from dispatchers.audio.decode import load
 from dispatchers.interface import SAMPLE_RATE
+from runtime.errors import StenogateError
 
 FRAME_MS = 100
 TIMEOUT = httpx.Timeout(10.0, read=600.0, write=60.0)
 
 
-class ClientError(Exception):
+class ClientError(StenogateError):
     """The gateway refused, or is not there."""
 
 
@@ -55,7 +56,7 @@ class Client:
         async with self._http() as http:
             return _checked(await http.get(path, params=query))
 
-    async def job_events(self, path: str) -> AsyncIterator[dict[str, Any]]:
+    async def job_events(self, path: str) -> AsyncGenerator[dict[str, Any], None]:
         """The job at each change, until it has ended (`GET /v1/jobs/{id}/events`)."""
         async with self._http() as http, aconnect_sse(http, "GET", path) as source:
             async for event in source.aiter_sse():

@@ -7,11 +7,11 @@ API; then come the usage and the statement. Nothing is canned: each transcript i
 from __future__ import annotations
 
 import asyncio
-import csv
+import json
 import tempfile
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dispatchers.engine.models import MICRO_SAMPLES
@@ -140,18 +140,29 @@ async def _job(client: Client, model: str, limit: float, scratch: Path, console:
 
 def _bill(data_dir: Path, client: Client, console: Console) -> None:
     usage = asyncio.run(client.get("/v1/usage", group_by="day,backend,model")).json()
-    table = Table("day", "backend", "model", "requests", "audio ms", "billed ms", usage["currency"], title="usage")
-    for row in usage["data"]:
-        table.add_row(
-            *(str(row[key]) for key in ("day", "backend", "model", "requests", "audio_ms", "billed_ms", "amount"))
-        )
-    console.print(table)
+    console.rule("the usage: GET /v1/usage", align="left")
+    columns = ("day", "backend", "model", "requests", "audio_ms", "billed_ms", "amount")
+    console.print(_table(columns, usage["data"]), f"amounts in {usage['currency']}\n")
+
     month = time.strftime("%Y-%m", time.gmtime())
-    rows = csv.reader(chores.statement(Settings(data_dir=data_dir), DEMO, month, customer=None, fmt="csv").splitlines())
-    console.rule(f"stenogate statement --tenant {DEMO} --month {month}", align="left")
+    console.rule(f"the bill: stenogate statement --tenant {DEMO} --month {month} --format json", align="left")
+    text = chores.statement(Settings(data_dir=data_dir), DEMO, month, customer=None, fmt="json")
+    bill = json.loads(text)
+    columns = ("backend", "model", "price_per_hour", "sessions", "billed_ms", "duration", "amount")
+    console.print(_table(columns, bill["lines"]), f"total {bill['total']} {bill['currency']}")
+    check = bill["reconciliation"]
+    console.print(
+        f"{check['ledger_rows']} ledger rows hold {check['billed_ms']} ms, "
+        f"the sessions {check['sessions_billed_ms']} ms: {check['difference_ms']} ms apart\n",
+        style="dim",
+    )
+
+
+def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> Table:
+    table = Table(*(Column(name.replace("_", " "), no_wrap=True) for name in columns))
     for row in rows:
-        console.print("  ".join(row), highlight=False, markup=False)
-    console.print()
+        table.add_row(*(str(row[name]) for name in columns))
+    return table
 
 
 def _sum_up(verdicts: list[Verdict], console: Console, took_s: float) -> int:

@@ -19,6 +19,28 @@ def downgrade(owner_url: str, *, app_role: str, system_role: str, revision: str)
     _run("downgrade", owner_url, app_role, system_role, revision)
 
 
+def head() -> str:
+    """The newest revision."""
+    return max(path.name.partition("_")[0] for path in (Path(__file__).parent / "versions").glob("[0-9]*.py"))
+
+
+async def revision(owner_url: str) -> str | None:
+    """Where a database stands; None when it has no schema of ours, or its owner cannot enter."""
+    import asyncpg
+
+    try:
+        connection = await asyncpg.connect(owner_url, timeout=10)
+    except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError):
+        return None
+    try:
+        found: str | None = await connection.fetchval("select version_num from alembic_version")
+    except asyncpg.UndefinedTableError:
+        return None
+    finally:
+        await connection.close()
+    return found
+
+
 def _run(verb: str, owner_url: str, app_role: str, system_role: str, revision: str) -> None:
     from alembic import command
     from alembic.config import Config
