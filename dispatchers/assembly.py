@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import structlog
-
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
-from dispatchers.backends.local import LocalBackend, ModelCard
+from dispatchers.backends.local import ModelCard
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
-from dispatchers.engine.models import resolve
 from dispatchers.interface import Dispatcher
+from dispatchers.local import choose_model, local_backend
 from policy.admission import Admission
 from policy.identity import Authenticator
 from policy.jwks import KeySets
 from runtime.resources import Resources
 from runtime.settings import Settings
-
-log = structlog.get_logger()
+from runtime.telemetry import QUEUE_DEPTH, QUEUE_RUNNING
 
 
 @dataclass(frozen=True)
@@ -63,19 +59,9 @@ async def _self_hosted(settings: Settings) -> tuple[Dispatcher, Callable[[], tup
     """What stands behind `self_hosted`, its models, and why this default."""
     if settings.backend == "scripted":
         return Scripted(), tuple, "no model: a scripted answer, for smoke tests"
-    resolved = await asyncio.to_thread(
-        resolve, settings.model, configured=settings.whisper_model, cache_dir=settings.model_cache_dir
-    )
-    say = log.warning if resolved.downgraded else log.info
-    say("model.chosen", model=resolved.spec.name, engine=resolved.spec.engine, reason=resolved.reason)
-    backend = LocalBackend(
-        resolved.spec,
-        workers=settings.engine_workers or os.cpu_count() or 1,
-        device=settings.device,
-        compute_type=settings.compute_type,
-        cache_dir=settings.model_cache_dir,
-        shortest_window=settings.shortest_window,
-        queue_limit=settings.engine_queue,
-    )
+    chosen = await asyncio.to_thread(choose_model, settings)
+    backend = local_backend(settings, chosen)
+    QUEUE_DEPTH.set_function(lambda: backend.waiting)
+    QUEUE_RUNNING.set_function(lambda: backend.running)
     await backend.warm()
-    return backend, backend.catalogue, resolved.reason
+    return backend, backend.catalogue, chosen.reason

@@ -6,7 +6,7 @@ admit (policy, quota, hold) → resolve (which backends, why) → recognise (wit
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from uuid import UUID
@@ -188,9 +188,16 @@ class Door:
 
     @asynccontextmanager
     async def stream(
-        self, caller: Caller, demand: Demand, options: Options, audio: AsyncIterator[StreamInput]
+        self,
+        caller: Caller,
+        demand: Demand,
+        options: Options,
+        audio: AsyncIterator[StreamInput],
+        *,
+        hang_up: Callable[[], None],
     ) -> AsyncIterator[Live]:
-        """A live stream. The end of `audio` drains it; what was accepted is settled whatever happens inside.
+        """A live stream. The end of `audio` drains it; what was accepted is settled whatever happens inside. `hang_up`
+        ends `audio` from this side, when the caller may not go on.
 
         Raises, from the event iterator and after the last final, the reason that ended the stream early
         (`BudgetExhausted`, `TenantSuspended`, `TokenExpired` …).
@@ -199,7 +206,7 @@ class Door:
         async with self._admission.admit(caller, demand, policy, decision) as lease:
             candidate = lease.decision.candidates[0]
             dispatcher = self._backends[candidate.backend]
-            meter = Meter(lease, candidate, lambda: self._authenticator.recheck(caller))
+            meter = Meter(lease, candidate, recheck=lambda: self._authenticator.recheck(caller), hang_up=hang_up)
             summary = Summary()
             pinned = self._pinned(options, candidate, lease.tenant_id)
             ending: BaseException | None = None
@@ -210,7 +217,7 @@ class Door:
                 ):
                     origin = dispatcher.origin(candidate.model)
                     yield Live(lease.session_id, candidate, origin, policy, merged, summary)
-            except (StenogateError, asyncio.CancelledError) as error:
+            except BaseException as error:
                 ending = error
                 raise
             finally:
@@ -244,9 +251,9 @@ async def _merged(events: AsyncIterator[Event], meter: Meter, summary: Summary) 
             await queue.put(event)
         await queue.put(meter.ended_by)
 
-    async def guarded(work: Coroutine[None, None, None]) -> None:
+    async def guarded(work: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await work()
         except Exception as error:  # noqa: BLE001 — not swallowed: the consumer of the events raises it
             await queue.put(error)
 
@@ -257,7 +264,7 @@ async def _merged(events: AsyncIterator[Event], meter: Meter, summary: Summary) 
             summary.note(item)
             yield item
 
-    tasks = [asyncio.create_task(guarded(work)) for work in (pump(), meter.run(queue.put))]
+    tasks = [asyncio.create_task(guarded(work)) for work in (pump, lambda: meter.run(queue.put))]
     try:
         yield iterate()
     finally:

@@ -1,13 +1,13 @@
 """What can go wrong between audio and transcript.
 
-    DispatchError
-    ├── AudioError            the recording itself; the caller must change it
-    │   ├── EmptyAudio · NotAudio · AudioTooShort · AudioTooLong · UnsupportedAudio
-    ├── OptionError           what was asked of the recogniser
-    │   ├── UnknownModel · UnsupportedOption
-    └── BackendError          the recogniser; another backend may do better
-        ├── BackendUnavailable · BackendTimeout · BackendFailed · Overloaded
-        └── BackendRefused
+DispatchError
+├── AudioError            the recording itself; the caller must change it
+│   ├── EmptyAudio · NotAudio · AudioTooShort · AudioTooLong · UnsupportedAudio
+├── OptionError           what was asked of the recogniser
+│   ├── UnknownModel · UnsupportedOption
+└── BackendError          the recogniser; another backend may do better
+    ├── BackendUnavailable · BackendTimeout · BackendFailed · Overloaded
+    └── BackendRefused
 """
 
 from __future__ import annotations

@@ -29,16 +29,24 @@ class Meter:
     """Counts one stream against its lease.
 
     `recheck` is awaited at every block and raises when the caller may no longer go on (token expired or revoked,
-    tenant suspended).
+    tenant suspended). `hang_up` is then called, and must end the source: its next audio may be long in coming.
     """
 
-    def __init__(self, lease: Lease, candidate: Candidate, recheck: Callable[[], Awaitable[None]]):
+    def __init__(
+        self,
+        lease: Lease,
+        candidate: Candidate,
+        *,
+        recheck: Callable[[], Awaitable[None]],
+        hang_up: Callable[[], None],
+    ):
         self.accepted_samples = 0
         self.billed_ms = 0
         self.ended_by: PolicyError | None = None
         self._lease = lease
         self._candidate = candidate
         self._recheck = recheck
+        self._hang_up = hang_up
         self._moved = asyncio.Event()
         self._covered = asyncio.Event()
 
@@ -103,6 +111,8 @@ class Meter:
     def _end(self, refusal: PolicyError) -> None:
         self.ended_by = refusal
         self._covered.set()
+        if not isinstance(refusal, BudgetExhausted):  # what is held may still be used
+            self._hang_up()
 
     async def _room(self, wanted: int) -> int:
         """How many of so many samples the hold covers; waits for it to grow. 0: the stream is over."""

@@ -6,7 +6,9 @@ import structlog
 from starlette.requests import HTTPConnection
 
 from gateway.state import gateway_of
+from policy.errors import Forbidden, IdentityError
 from policy.identity import Caller
+from runtime.telemetry import AUTH_FAILURES
 
 SUBPROTOCOL = "stenogate.v1"
 _BEARER_PROTOCOL = "bearer."
@@ -17,9 +19,13 @@ async def caller_of(connection: HTTPConnection, scope: str, *, token: str | None
 
     Raises `IdentityError`, `TenantSuspended` or `ScopeMissing`.
     """
-    caller = await gateway_of(connection).authenticator.authenticate(bearer_token(connection) or token)
-    structlog.contextvars.bind_contextvars(tenant=caller.tenant, subject=caller.subject)
-    caller.require(scope)
+    try:
+        caller = await gateway_of(connection).authenticator.authenticate(bearer_token(connection) or token)
+        structlog.contextvars.bind_contextvars(tenant=caller.tenant, subject=caller.subject)
+        caller.require(scope)
+    except (IdentityError, Forbidden) as refusal:
+        AUTH_FAILURES.labels(refusal.code).inc()
+        raise
     return caller
 
 

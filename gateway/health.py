@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from gateway.state import gateway_of
+from runtime.telemetry import as_json, exposition
 
 log = structlog.get_logger()
 
@@ -40,21 +39,13 @@ async def readyz(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+    body, content_type = exposition()
+    return Response(body, media_type=content_type)
 
 
 async def metrics_json(request: Request) -> Response:
-    """The same figures for people and scripts: name → help and samples. Histograms without their buckets."""
-    return JSONResponse({family.name: _family(family) for family in REGISTRY.collect()})
-
-
-def _family(family: Any) -> dict[str, Any]:
-    samples = [
-        {"name": sample.name, "labels": sample.labels, "value": sample.value}
-        for sample in family.samples
-        if not sample.name.endswith(("_bucket", "_created"))
-    ]
-    return {"type": family.type, "help": family.documentation, "samples": samples}
+    """The same figures for people and scripts."""
+    return JSONResponse(as_json())
 
 
 routes: list[BaseRoute] = [

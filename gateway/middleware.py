@@ -9,7 +9,6 @@ import traceback
 from contextlib import suppress
 
 import structlog
-from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -18,16 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import Internal, known, problem_response
 from runtime.ids import show, uuid7
+from runtime.telemetry import REQUEST_SECONDS, REQUESTS
 
 log = structlog.get_logger()
-
-REQUESTS = Counter("stenogate_http_requests_total", "Requests answered.", ["method", "route", "status"])
-SECONDS = Histogram(
-    "stenogate_http_request_seconds",
-    "From a request's head to the end of its answer.",
-    ["method", "route"],
-    buckets=(0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 120, 600),
-)
 
 OPENAI_PATHS = ("/v1/audio/", "/v1/models")
 CLIENT_GONE = 499  # nobody is there to read it; it is for logs and figures
@@ -80,7 +72,7 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
     method = method if method in _METHODS else "OTHER"
     REQUESTS.labels(method, route, status).inc()
     if method != "WEBSOCKET":
-        SECONDS.labels(method, route).observe(seconds)
+        REQUEST_SECONDS.labels(method, route).observe(seconds)
     told = log.debug if route in _QUIET else log.info
     told("http.request", method=method, route=route, status=status, ms=round(seconds * 1000, 1))
 

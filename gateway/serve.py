@@ -96,6 +96,7 @@ def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         server_header=False,
         ws="websockets-sansio",
         ws_per_message_deflate=False,  # speech does not compress, and inflating is a way in for bombs
+        ws_ping_timeout=None,  # pongs stand behind audio that we do not read yet; the idle limit ends dead peers
         ws_max_size=512 * KIB,  # above the protocol's own limit, so that ours answers with its code
         h11_max_incomplete_event_size=64 * KIB,
         timeout_keep_alive=75,

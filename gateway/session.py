@@ -30,8 +30,8 @@ from runtime.telemetry import (
     FINAL_SECONDS,
     FIRST_PARTIAL_SECONDS,
     LIVE_STREAMS,
-    REQUESTS,
     STREAM_SECONDS,
+    STREAMS_ENDED,
     UTTERANCES,
 )
 
@@ -93,7 +93,7 @@ async def converse(
             raise error from None
         code = close_code(error)
         await _tell(frames, codec, error)
-    REQUESTS.labels(codec.name, GOING_AWAY if frames.gone else code).inc()
+    STREAMS_ENDED.labels(codec.name, GOING_AWAY if frames.gone else code).inc()
 
 
 class Session:
@@ -124,7 +124,7 @@ class Session:
 
     async def _recognise(self, door: Door, caller: Caller, subprotocol: str | None) -> Live:
         setup = self._setup
-        async with door.stream(caller, setup.demand, setup.options, self._audio()) as live:
+        async with door.stream(caller, setup.demand, setup.options, self._audio(), hang_up=self._intake.end) as live:
             structlog.contextvars.bind_contextvars(session_id=str(live.session_id))
             if not self._frames.accepted:
                 await self._frames.accept(subprotocol)

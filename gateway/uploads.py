@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -49,38 +50,56 @@ async def received(request: Request, *, folder: Path, most: int, idle_s: float) 
     Raises `UnsupportedMedia`, `BadRequest`, `Invalid` (no file, or not as a file), `EmptyAudio`, and what
     `gateway.bodies.chunks` raises.
     """
-    boundary = _boundary(request.headers.get("content-type"))
-    path = folder / uuid7().hex
-    file = await asyncio.to_thread(_create, path)
+    parts = _Parts(_boundary(request.headers.get("content-type")))
+    spool = _Spool(folder / uuid7().hex, salt=request.url.path)
     try:
-        parts = _Parts(boundary, salt=request.url.path)
         async for chunk in chunks(request, most=most, idle_s=idle_s):
             parts.feed(chunk)
             if len(parts.pending) >= BLOCK_BYTES:
-                await asyncio.to_thread(_store, file, parts)
-        await asyncio.to_thread(_store, file, parts)
-        await asyncio.to_thread(file.close)
-        yield parts.form(path)
+                await asyncio.to_thread(spool.write, parts.taken())
+        await asyncio.to_thread(spool.write, parts.taken())
+        yield parts.form(spool)
     finally:
-        await asyncio.shield(asyncio.to_thread(_remove, file, path))
+        await asyncio.shield(asyncio.to_thread(spool.remove))
 
 
-def _create(path: Path) -> IO[bytes]:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0)
+class _Spool:
+    """The file on disk. Blocking. Whoever is cancelled leaves a thread writing, so what follows waits for it."""
 
+    def __init__(self, path: Path, *, salt: str):
+        self.path = path
+        self.size = 0
+        self._digest = hashlib.sha256(salt.encode())
+        self._file: IO[bytes] | None = None
+        self._removed = False
+        self._lock = threading.Lock()
 
-def _store(file: IO[bytes], parts: _Parts) -> None:
-    """Writes and hashes what has gathered; in a thread, while nothing is fed."""
-    file.write(parts.pending)
-    parts.digest.update(parts.pending)
-    parts.size += len(parts.pending)
-    parts.pending = bytearray()
+    def write(self, block: bytearray) -> None:
+        with self._lock:
+            if self._removed:
+                return
+            if self._file is None:
+                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+            self._file.write(block)
+            self._file.flush()
+            self._digest.update(block)
+            self.size += len(block)
 
+    def remove(self) -> None:
+        with self._lock:
+            self._removed = True
+            if self._file is not None:
+                self._file.close()
+                self.path.unlink(missing_ok=True)
 
-def _remove(file: IO[bytes], path: Path) -> None:
-    file.close()
-    path.unlink(missing_ok=True)
+    def fingerprint(self, fields: Iterable[tuple[str, bytes]]) -> str:
+        """Of where it was sent, the file and the fields: the same request gives the same, whatever its boundary was."""
+        digest = self._digest.copy()
+        for name, value in fields:
+            for piece in (name.encode(), value):
+                digest.update(len(piece).to_bytes(8) + piece)
+        return digest.hexdigest()
 
 
 def _boundary(content_type: str | None) -> bytes:
@@ -92,16 +111,10 @@ def _boundary(content_type: str | None) -> bytes:
 
 
 class _Parts:
-    """Listens to the parser. The file's bytes gather in `pending` until somebody takes them away.
+    """Listens to the parser. The file's bytes gather in `pending` until somebody takes them away."""
 
-    `digest` covers the path, every field and the file, so that the same request gives the same fingerprint whatever
-    its boundary was.
-    """
-
-    def __init__(self, boundary: bytes, *, salt: str):
+    def __init__(self, boundary: bytes):
         self.pending = bytearray()
-        self.size = 0
-        self.digest = hashlib.sha256(salt.encode())
         self._fields: list[tuple[str, bytes]] = []
         self._field_bytes = 0
         self._headers: dict[bytes, bytes] = {}
@@ -134,19 +147,21 @@ class _Parts:
         except FormParserError:
             raise BadRequest("The body is not valid multipart/form-data.") from None
 
-    def form(self, path: Path) -> Form:
-        """Everything, once the body has ended."""
+    def taken(self) -> bytearray:
+        """What has gathered, which is then the caller's."""
+        block, self.pending = self.pending, bytearray()
+        return block
+
+    def form(self, spool: _Spool) -> Form:
+        """Everything, once the body has ended and the file is on disk."""
         if not self._whole:
             raise BadRequest("The multipart body breaks off before its end.")
         if self._file is None:
             raise Invalid("The form has no part named `file`. Send the recording in it.", param=FILE_FIELD)
-        if self.size == 0:
+        if spool.size == 0:
             raise EmptyAudio(param=FILE_FIELD)
-        for name, value in self._fields:
-            for piece in (name.encode(), value):
-                self.digest.update(len(piece).to_bytes(8) + piece)
         filename, content_type = self._file
-        upload = Upload(path, self.size, filename, content_type, self.digest.hexdigest())
+        upload = Upload(spool.path, spool.size, filename, content_type, spool.fingerprint(self._fields))
         return Form(tuple((name, _text(name, value)) for name, value in self._fields), upload)
 
     # --- the parser's callbacks ---

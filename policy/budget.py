@@ -20,6 +20,7 @@ from policy.errors import BudgetExhausted, Conflict, Invalid
 from policy.pricing import show_nano
 from runtime.database import Transaction
 from runtime.ids import uuid7
+from runtime.telemetry import BUDGET_REFUSALS
 
 Period: TypeAlias = Literal["day", "month", "lifetime"]
 
@@ -111,6 +112,7 @@ async def release(tx: Transaction, tenant_id: UUID, session_id: UUID) -> None:
 
 
 async def _exhausted(tx: Transaction, taken: dict[str, object]) -> BudgetExhausted:
+    BUDGET_REFUSALS.inc()
     row = (await tx.execute(_SHORTFALL, taken)).one()
     left = show_nano(max(0, row.remaining))
     until = "" if row.resets_at is None else f" It begins anew at {row.resets_at:%Y-%m-%dT%H:%M:%SZ}."

@@ -19,6 +19,7 @@ from policy.pricing import Price, affordable_ms, cover_nano, most_expensive
 from policy.resolve import Candidate, Decision
 from policy.sessions import Outcome, Session
 from runtime.database import Database, Transaction
+from runtime.telemetry import LEDGER_AUDIO_MS, LEDGER_ROWS, SETTLE_SECONDS
 
 Extra = Callable[[Transaction], Awaitable[None]]
 
@@ -80,7 +81,7 @@ class Lease:
         """
         known = (self.settled_ms, self._attempted_ms)
         self._attempted_ms = to_ms
-        with ledger_reachable():
+        with ledger_reachable(), SETTLE_SECONDS.time():
             async with self._database.tenant(self.tenant_id) as tx:
                 session = await sessions.locked(tx, self.tenant_id, self.session_id)
                 if not _is_done(session, to_ms, outcome, known):
@@ -92,6 +93,9 @@ class Lease:
                     if outcome is not None:
                         await self._close(tx, outcome)
                 receipt = await self._receipt(tx, candidate)
+        if receipt.accepted_ms > self.settled_ms:
+            LEDGER_ROWS.labels(candidate.backend).inc()
+            LEDGER_AUDIO_MS.labels(candidate.backend).inc(receipt.accepted_ms - self.settled_ms)
         self.settled_ms = receipt.accepted_ms
         self.held_ms = max(self.held_ms, receipt.accepted_ms)
         self.closed = self.closed or outcome is not None

@@ -98,8 +98,14 @@ def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> N
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").disabled = True
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """uvicorn calls it an error when an upgrade is refused with an HTTP status, which is what refusing means."""
+    return record.msg != "ASGI callable returned without completing handshake."
 
 
 class _Stderr(logging.Handler):
@@ -181,11 +187,14 @@ def _histogram(name: str, meaning: str, buckets: tuple[float, ...], *labels: str
     return Histogram(f"stenogate_{name}", meaning, labels, buckets=buckets, registry=REGISTRY)
 
 
-REQUESTS = _counter("requests", "Requests answered, by HTTP status or WebSocket close code.", "protocol", "status")
-REQUEST_SECONDS = _histogram("request_seconds", "From a request's first byte to the answer's last.", LONG, "protocol")
+REQUESTS = _counter("requests", "Requests answered.", "method", "route", "status")
+REQUEST_SECONDS = _histogram(
+    "request_seconds", "From a request's head to the end of its answer; live streams apart.", LONG, "method", "route"
+)
 AUTH_FAILURES = _counter("auth_failures", "Tokens that were not accepted, by error code.", "code")
 
 LIVE_STREAMS = _gauge("live_streams", "Live streams now open.", "protocol")
+STREAMS_ENDED = _counter("streams_ended", "Live streams ended, by WebSocket close code.", "protocol", "code")
 STREAM_SECONDS = _counter("stream_seconds", "Seconds of live audio accepted.", "protocol")
 UTTERANCES = _counter("utterances", "Utterances of live streams that got their final.")
 FIRST_PARTIAL_SECONDS = _histogram(
@@ -193,9 +202,10 @@ FIRST_PARTIAL_SECONDS = _histogram(
 )
 FINAL_SECONDS = _histogram("speech_end_to_final_seconds", "From the last speech of an utterance to its final.", HUMAN)
 
-QUEUE_DEPTH = _gauge("queue_depth", "Recognitions waiting. The engine's owner sets the function.", "urgency")
-QUEUE_RUNNING = _gauge("queue_running", "Recognitions running. The engine's owner sets the function.", "urgency")
-DECODE_SECONDS = _histogram("decode_seconds", "Time a recogniser took for one piece of audio.", LONG, "model")
+QUEUE_DEPTH = _gauge("queue_depth", "Recognitions waiting for a worker of this process.")
+QUEUE_RUNNING = _gauge("queue_running", "Recognitions running in this process.")
+RECOGNITION_SECONDS = _histogram("recognition_seconds", "Time a model took for one piece of audio.", LONG, "model")
+RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model")
 
 JOBS = _gauge("jobs", "Jobs by state.", "state")
 

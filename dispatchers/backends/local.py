@@ -36,6 +36,7 @@ from dispatchers.interface import (
     ignore,
     to_ms,
 )
+from runtime.telemetry import RECOGNISED_SECONDS, RECOGNITION_SECONDS
 
 _log = logging.getLogger(__name__)
 
@@ -216,9 +217,11 @@ class LocalBackend:
                 heard(segment)
 
         def work() -> Recognised:
-            return loaded.engine.transcribe(
-                audio, options, lambda segment: _call(loop, tell, segment), abandoned.is_set
-            )
+            RECOGNISED_SECONDS.labels(loaded.engine.spec.name).inc(duration_ms / 1000)
+            with RECOGNITION_SECONDS.labels(loaded.engine.spec.name).time():
+                return loaded.engine.transcribe(
+                    audio, options, lambda segment: _call(loop, tell, segment), abandoned.is_set
+                )
 
         try:
             result = await loaded.scheduler.run(

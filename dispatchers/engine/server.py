@@ -80,8 +80,8 @@ class EngineServer:
         """Builds the backend and loads its default model. Raises what the building raises, or `BackendUnavailable`."""
         self._backend = backend = await asyncio.to_thread(self._build)
         await backend.warm()
-        telemetry.QUEUE_DEPTH.labels("batch").set_function(lambda: backend.waiting)
-        telemetry.QUEUE_RUNNING.labels("batch").set_function(lambda: backend.running)
+        telemetry.QUEUE_DEPTH.set_function(lambda: backend.waiting)
+        telemetry.QUEUE_RUNNING.set_function(lambda: backend.running)
         self._ready = True
 
     async def aclose(self) -> None:

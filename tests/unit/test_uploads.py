@@ -151,6 +151,21 @@ async def test_a_client_that_goes_away_leaves_nothing(tmp_path: Path) -> None:
     await refused(tmp_path, request([multipart(MODEL, FILE)[:-20]], ends=False), ClientDisconnect)
 
 
+@pytest.mark.parametrize("turns", range(0, 24, 3))
+async def test_a_request_that_is_cancelled_leaves_nothing(tmp_path: Path, turns: int) -> None:
+    async def waits() -> None:
+        async with received(request([multipart(FILE)]), folder=tmp_path, most=1 << 30, idle_s=5):
+            await asyncio.Event().wait()
+
+    working = asyncio.create_task(waits())
+    for _ in range(turns):
+        await asyncio.sleep(0.0005)
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    assert working.cancelled()
+    assert left_in(tmp_path) == []
+
+
 async def test_a_client_that_stalls(tmp_path: Path) -> None:
     asked = request([])
     asked._receive = asyncio.Event().wait  # type: ignore[assignment]
