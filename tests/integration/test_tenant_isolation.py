@@ -1,0 +1,93 @@
+"""Whatever takes an id answers another tenant's with 404, and with nothing that tells it from one that never was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from starlette.routing import Route
+
+from gateway.app import ROUTES
+from runtime.ids import show, uuid7
+from tests.server import Served, assert_problem, post
+
+OWNED = {"job_id": "job", "session_id": "sess"}
+"""Path parameters that name an object of a tenant; `model` names none."""
+
+WITH_ID = sorted(
+    (method, route.path)
+    for route in ROUTES
+    if isinstance(route, Route) and (set(re.findall(r"\{(\w+)", route.path)) & set(OWNED))
+    for method in (route.methods or set()) - {"HEAD"}
+)
+
+
+@dataclass(frozen=True)
+class Two:
+    """Tenant A with a job and sessions, and both their clients."""
+
+    ours: httpx.AsyncClient
+    theirs: httpx.AsyncClient
+    ids: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+async def two(served: Served) -> AsyncIterator[Two]:
+    async with (
+        served.http(served.token(await served.tenant())) as theirs,
+        served.http(served.token(await served.tenant())) as ours,
+    ):
+        job = (await post(theirs, **{"async": "true"})).json()["id"]
+        await theirs.get(f"/v1/jobs/{job}", params={"wait": "30"})
+        await post(theirs)
+        session = (await theirs.get("/v1/sessions", params={"kind": "file"})).json()["data"][0]["id"]
+        yield Two(ours, theirs, {"job_id": job, "session_id": session})
+
+
+def test_every_parameter_is_known() -> None:
+    named = {name for route in ROUTES for name in re.findall(r"\{(\w+)", getattr(route, "path", ""))}
+    assert named == {*OWNED, "model"}
+    assert len(WITH_ID) >= 4
+
+
+@pytest.mark.parametrize(("method", "path"), WITH_ID)
+async def test_their_objects_are_not_found(two: Two, method: str, path: str) -> None:
+    def filled(ids: dict[str, str]) -> str:
+        return re.sub(r"\{(\w+)[^}]*\}", lambda match: ids[match[1]], path)
+
+    nobodys = {name: show(kind, uuid7()) for name, kind in OWNED.items()}  # type: ignore[arg-type]
+    assert (await two.theirs.request(method, filled(two.ids))).is_success
+    theirs = assert_problem(await two.ours.request(method, filled(two.ids)), 404, "NOT_FOUND")
+    none = assert_problem(await two.ours.request(method, filled(nobodys)), 404, "NOT_FOUND")
+    assert theirs | {"request_id": ""} == none | {"request_id": ""}
+    for nonsense in ("x", "job_", "sess_%00", two.ids["job_id"].upper(), "'; drop table jobs"):
+        assert_problem(await two.ours.request(method, filled(dict.fromkeys(OWNED, nonsense))), 404, "NOT_FOUND")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sessions", "/v1/usage"])
+async def test_their_rows_are_not_listed(two: Two, path: str) -> None:
+    assert (await two.theirs.get(path)).json()["data"]
+    assert (await two.ours.get(path)).json()["data"] == []
+
+
+async def test_their_cursor_shows_nothing_of_theirs(two: Two) -> None:
+    for path in ("/v1/jobs", "/v1/sessions"):
+        await post(two.theirs, **{"async": "true"})
+        cursor = (await two.theirs.get(path, params={"limit": "1"})).json()["next_cursor"]
+        assert cursor
+        response = await two.ours.get(path, params={"cursor": cursor})
+        assert response.status_code == 400 or response.json()["data"] == []
+
+
+async def test_a_retry_joins_no_one_elses_job(served: Served) -> None:
+    again = {"x-stainless-retry-count": "1", "prefer": "respond-async"}
+    jobs = []
+    for _ in range(2):
+        async with served.http(served.token(await served.tenant())) as http:
+            response = await post(http, headers=again)
+            assert response.status_code == 202
+            jobs.append(response.json()["id"])
+    assert len(set(jobs)) == 2
