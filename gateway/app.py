@@ -9,7 +9,7 @@ from starlette.routing import BaseRoute
 
 from gateway import docs_page, health
 from gateway.api import explain, jobs, sessions, usage
-from gateway.middleware import Answered, Identified, unhandled
+from gateway.middleware import Answered, Identified, nowhere, unhandled
 from gateway.protocols import native_ws, openai_rest
 from gateway.state import Gateway
 
@@ -33,5 +33,6 @@ def create_app(gateway: Gateway) -> Starlette:
         exception_handlers={HTTPException: unhandled},
     )
     app.router.redirect_slashes = False
+    app.router.default = nowhere
     app.state.gateway = gateway
     return app

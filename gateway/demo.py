@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -159,14 +160,15 @@ def _bill(data_dir: Path, client: Client, console: Console) -> None:
 
 
 def _table(columns: Sequence[str], rows: list[dict[str, Any]]) -> Table:
-    table = Table(*(Column(name.replace("_", " "), no_wrap=True) for name in columns))
+    heads = (name.removeprefix("price_").replace("_", " ") for name in columns)
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         table.add_row(*(str(row[name]) for name in columns))
     return table
 
 
 def _sum_up(verdicts: list[Verdict], console: Console, took_s: float) -> int:
-    table = Table("transcript", "words", "wrong", "word error rate", "allowed", "")
+    table = Table("transcript", "words", "wrong", "word error rate", "allowed", "", box=SIMPLE_HEAD, pad_edge=False)
     for verdict in verdicts:
         mark = "[green]✓[/green]" if verdict.passed else "[red]✗[/red]"
         rates = (f"{100 * verdict.rate:.1f} %", f"{100 * verdict.limit:.1f} %")

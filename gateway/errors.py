@@ -60,6 +60,13 @@ class UploadStalled(EdgeError):
     retryable = True
 
 
+class StorageFull(EdgeError):
+    """There is no room for the upload now. Try again later."""
+
+    code = "UNAVAILABLE"
+    retryable = True
+
+
 class RouteNotFound(EdgeError):
     """There is nothing at this address. `/docs` lists what there is."""
 
@@ -143,7 +150,7 @@ MEANINGS: Mapping[str, Meaning] = {
     # our fault
     "DATABASE_UNAVAILABLE": Meaning(503, 1013, "Database away", _SERVER),
     "LEASE_LOST": Meaning(500, 1011, "Lease lost", _SERVER),
-    "UNAVAILABLE": Meaning(503, 1013, "Limits away", _SERVER),
+    "UNAVAILABLE": Meaning(503, 1013, "Unavailable", _SERVER),
     "INTERNAL": Meaning(500, 1011, "Internal error", _SERVER),
 }
 

@@ -14,8 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
-from gateway.errors import Internal, known, problem_response
+from gateway.errors import Internal, RouteNotFound, known, problem_response
 from runtime.ids import show, uuid7
 from runtime.telemetry import REQUEST_SECONDS, REQUESTS
 
@@ -120,6 +121,15 @@ class Answered:
                 response.headers["connection"] = "close"
                 send = _lingering(receive, send)
             await response(scope, receive, send)
+
+
+async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    """Where no route leads: a problem, for a WebSocket too, which Starlette would refuse without a word."""
+    if scope["type"] == "websocket":
+        refusal = problem_response(RouteNotFound(), scope["state"]["request_id"])
+        await WebSocket(scope, receive, send).send_denial_response(refusal)
+        return
+    raise RouteNotFound
 
 
 async def unhandled(_: Request, exc: Exception) -> Response:

@@ -21,6 +21,7 @@ from dispatchers.assembly import open_door
 from gateway.app import create_app
 from gateway.demo_tenant import DEMO, ensure_demo_tenant
 from gateway.state import Gateway
+from gateway.uploads import sweep
 from policy.identity import SCOPES, mint
 from runtime.embedded import with_database
 from runtime.resources import Resources, open_resources
@@ -81,6 +82,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str |
         resources = await stack.enter_async_context(open_resources(settings))
         opened = await stack.enter_async_context(open_door(resources))
         jobs = await stack.enter_async_context(open_jobs(resources, opened.door))
+        await asyncio.to_thread(sweep, settings.data_dir / "uploads")
         lag = asyncio.create_task(watch_loop_lag(0.1))
         stack.callback(lag.cancel)
         yield Gateway(settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue), opened.model_note

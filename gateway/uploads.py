@@ -7,11 +7,13 @@ request is over.
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -22,7 +24,7 @@ from starlette.requests import Request
 
 from dispatchers.errors import EmptyAudio
 from gateway.bodies import chunks
-from gateway.errors import BadRequest, TooLarge, UnsupportedMedia
+from gateway.errors import BadRequest, StorageFull, TooLarge, UnsupportedMedia
 from policy.errors import Invalid
 from runtime.ids import uuid7
 from workers.jobs import Upload
@@ -33,6 +35,7 @@ FIELD_BYTES = 2 * 1024 * 1024
 FIELDS_BYTES = 16 * 1024 * 1024
 NAME_BYTES = 256
 BLOCK_BYTES = 1024 * 1024
+ABANDONED_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +81,22 @@ class _Spool:
         with self._lock:
             if self._removed:
                 return
-            if self._file is None:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._file = os.fdopen(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-            self._file.write(block)
-            self._file.flush()
             self._digest.update(block)
             self.size += len(block)
+            try:
+                self._store(block)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise StorageFull from None
+                raise
+
+    def _store(self, block: bytearray) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._file = os.fdopen(descriptor, "wb", buffering=0)
+        while block:
+            del block[: self._file.write(block) or 0]
 
     def remove(self) -> None:
         with self._lock:
@@ -100,6 +112,15 @@ class _Spool:
             for piece in (name.encode(), value):
                 digest.update(len(piece).to_bytes(8) + piece)
         return digest.hexdigest()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what uploads left behind whose process was killed. One that goes on is written to, or read, within the
+    hour. Blocking."""
+    for path in folder.glob("*"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
 
 
 def _boundary(content_type: str | None) -> bytes:

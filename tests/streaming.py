@@ -89,10 +89,12 @@ class Talk:
 
 
 @asynccontextmanager
-async def talking(served: Served, token: str | None, query: str = "", **options: Any) -> AsyncIterator[Talk]:
+async def talking(
+    served: Served, token: str | None, query: str = "", *, path: str = "/v1/stream", **options: Any
+) -> AsyncIterator[Talk]:
     """An open connection, for whose `start` the server waits, unless the query carries its fields."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    address = served.url.replace("http", "ws", 1) + "/v1/stream" + query
+    address = served.url.replace("http", "ws", 1) + path + query
     async with connect(address, additional_headers=headers, compression=None, proxy=None, **options) as socket:
         talk = Talk(socket)
         listening = asyncio.create_task(talk.listen())
@@ -103,10 +105,10 @@ async def talking(served: Served, token: str | None, query: str = "", **options:
             await asyncio.gather(listening, return_exceptions=True)
 
 
-async def denial(served: Served, token: str | None, query: str = "") -> Response:
+async def denial(served: Served, token: str | None, query: str = "", *, path: str = "/v1/stream") -> Response:
     """The answer that refuses the upgrade: a problem."""
     with pytest.raises(InvalidStatus) as refusal:
-        async with talking(served, token, query):
+        async with talking(served, token, query, path=path):
             pass
     response = refusal.value.response
     assert response.headers["content-type"] == "application/problem+json"

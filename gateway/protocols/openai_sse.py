@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
+from dispatchers.deltas import Deltas
 from dispatchers.formats import usage
 from dispatchers.interface import Heard, Segment, Transcript
 from gateway.errors import known, openai_json
@@ -49,25 +49,13 @@ class _Telling:
     """What the deltas have said so far."""
 
     def __init__(self) -> None:
-        self._said = ""
+        self._deltas = Deltas()
 
     def delta(self, text: str) -> bytes:
-        piece = f" {text}" if _spaced(self._said, text) else text
-        self._said += piece
-        return message({"type": "transcript.text.delta", "delta": piece})
+        return message({"type": "transcript.text.delta", "delta": self._deltas.add(text)})
 
     def end(self, transcript: Transcript, beside: Mapping[str, object]) -> list[bytes]:
-        events = []
-        if transcript.text.startswith(self._said) and (rest := transcript.text[len(self._said) :]):
-            events.append(message({"type": "transcript.text.delta", "delta": rest}))
+        rest = self._deltas.rest(transcript.text)
+        events = [message({"type": "transcript.text.delta", "delta": rest})] if rest else []
         done = {"type": "transcript.text.done", "text": transcript.text, "usage": usage(transcript.duration_ms)}
         return [*events, message(done | {"stenogate": dict(beside)}), DONE]
-
-
-_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uff00-\uffef]")
-"""Scripts written without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
-
-
-def _spaced(before: str, after: str) -> bool:
-    """Whether a space stands between two segments of a text."""
-    return before != "" and after != "" and not (_UNSPACED.match(before[-1]) or _UNSPACED.match(after[0]))

@@ -349,3 +349,8 @@ def masked(payload: bytes) -> bytes:
     assert len(payload) < 126 or 125 < len(payload) < 65_536
     size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + len(payload).to_bytes(2, "big")
     return b"\x81" + size + bytes(4) + payload
+
+
+async def test_a_stream_at_no_address_gets_a_problem(server: Served, token: str) -> None:
+    response = await denial(server, token, path="/v1/nowhere")
+    assert (response.status_code, json.loads(response.body or b"")["code"]) == (404, "NOT_FOUND")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,8 @@ from hypothesis import strategies as st
 from starlette.requests import ClientDisconnect, Request
 
 from dispatchers.errors import EmptyAudio
-from gateway.errors import BadRequest, TooLarge, UnsupportedMedia, UploadStalled
-from gateway.uploads import BLOCK_BYTES, FIELD_BYTES, FIELDS_MOST, Form, received
+from gateway.errors import BadRequest, StorageFull, TooLarge, UnsupportedMedia, UploadStalled
+from gateway.uploads import BLOCK_BYTES, FIELD_BYTES, FIELDS_MOST, Form, _Spool, received, sweep
 from policy.errors import Invalid
 
 FILE = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF'
@@ -249,3 +250,21 @@ async def test_no_body_breaks_the_reader(tmp_path_factory: pytest.TempPathFactor
     with suppress(BadRequest, Invalid, EmptyAudio, TooLarge):
         await read(folder, request([prefix + body]))
     assert left_in(folder) == []
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    left, fresh = tmp_path / "left", tmp_path / "fresh"
+    for path in (left, fresh):
+        path.write_bytes(b"audio")
+    os.utime(left, (0, 0))
+    sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["fresh"]
+    sweep(tmp_path / "never made")
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    spool = _Spool(tmp_path / "upload", salt="")
+    spool._file = open("/dev/full", "wb", buffering=0)  # noqa: PTH123, SIM115 — every write to it fails as a full disk's
+    with pytest.raises(StorageFull):
+        spool.write(bytearray(b"audio"))
+    spool.remove()
