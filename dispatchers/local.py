@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import structlog
 
 from dispatchers.backends.local import LocalBackend
 from dispatchers.engine.models import Resolved, resolve
+from dispatchers.errors import BackendUnavailable
 from runtime.settings import Settings
 
 log = structlog.get_logger()
@@ -17,6 +19,10 @@ def choose_model(settings: Settings) -> Resolved:
     """Which model is the default, and why. Blocks: it may ask the hub.
 
     Raises `UnknownModel`; `BackendUnavailable` with the remedy."""
+    if importlib.util.find_spec("faster_whisper") is None:
+        raise BackendUnavailable(
+            "No engine is installed here. Install `stenogate[engine-cpu]` or `stenogate[engine-gpu]`."
+        )
     resolved = resolve(settings.model, configured=settings.whisper_model, cache_dir=settings.model_cache_dir)
     told = log.warning if resolved.downgraded else log.info
     told("model.chosen", model=resolved.spec.name, engine=resolved.spec.engine, reason=resolved.reason)

@@ -54,7 +54,14 @@ CREDENTIALS = (
     (re.compile(r"\b(\w*(?:token|secret|password|key))=[^\s&'\"]+", re.IGNORECASE), r"\1=***"),
 )
 LONGEST_VALUE = 16_384
-TALKATIVE = ("httpx", "httpcore", "mcp", "asyncio", "faster_whisper")  # at `info` they log addresses and single frames
+TALKATIVE = (
+    "httpx",
+    "httpcore",
+    "mcp",
+    "asyncio",
+    "faster_whisper",
+    "alembic",
+)  # at `info` they log addresses and single frames
 
 
 def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> None:
