@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from gateway import chores
-from gateway.duration import seconds
+from gateway.commands import chores
+from gateway.commands.duration import seconds
 from runtime.errors import StenogateError
 from runtime.settings import Settings
 
@@ -82,8 +82,8 @@ def serve(
 
 
 def _announce(announcement: object) -> None:
+    from gateway.commands.welcome import welcome
     from gateway.serve import Announcement
-    from gateway.welcome import welcome
 
     if isinstance(announcement, Announcement):
         welcome(out, announcement)
@@ -125,7 +125,7 @@ def demo(
     ] = "micro",
 ) -> None:
     """Speech becomes text through the real gateway, by file, by live stream and by job; then the bill for it."""
-    from gateway.demo import run
+    from gateway.commands.demo import run
 
     sys.exit(run(model, out))
 
@@ -222,6 +222,16 @@ def issuer_disable(issuer_id: Annotated[UUID, typer.Argument(help="As `issuer ad
     out.print(f"issuer {issuer_id} is disabled", highlight=False)
 
 
+@app.command()
+def revoke(
+    token: Annotated[str, typer.Argument(help="The token; - reads stdin, so that it stays out of the history.")],
+) -> None:
+    """Refuses a token from now on, wherever it is used: `stenogate revoke - < token`."""
+    given = sys.stdin.read().strip() if token == "-" else token  # noqa: S105 — the dash
+    caller = chores.revoke(Settings(), given)
+    out.print(f"token {caller.token_id} of {caller.tenant} is revoked", highlight=False)
+
+
 @policy_app.command("show")
 def policy_show(tenant: TenantOption) -> None:
     """The policy in force, as JSON."""
@@ -307,7 +317,7 @@ def transcribe(
 
     Example: `stenogate transcribe meeting.mp3 --format srt > meeting.srt`
     """
-    from gateway.transcribe import live, whole
+    from gateway.commands.transcribe import live, whole
 
     client = chores.local_client(Settings(), url, token)
     asyncio.run(live(client, file, model, err) if stream else whole(client, file, model, format, err))
@@ -316,6 +326,6 @@ def transcribe(
 @app.command()
 def doctor() -> None:
     """Looks at each part a gateway needs and names the remedy for what is missing."""
-    from gateway.doctor import examine
+    from gateway.commands.doctor import examine
 
     sys.exit(examine(Settings(), out))

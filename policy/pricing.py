@@ -157,7 +157,7 @@ async def set_price(
 
 
 async def listing(tx: Transaction, tenant_id: UUID | None = None) -> list[BookEntry]:
-    """The prices in force: the list's and, where a tenant is named, its own."""
+    """The prices in force that the transaction may see; where a tenant is named, the list's and its own."""
     return [BookEntry(row.tenant_id, _price(row)) for row in await tx.execute(_LISTING, {"tenant": tenant_id})]
 
 
@@ -196,6 +196,7 @@ _OPEN = text("""
 """)
 _LISTING = text(f"""
     select tenant_id, {_COLUMNS} from price_book
-    where (tenant_id is null or tenant_id = cast(:tenant as uuid)) and upper_inf(effective)
+    where (cast(:tenant as uuid) is null or tenant_id is null or tenant_id = cast(:tenant as uuid))
+      and upper_inf(effective)
     order by tenant_id nulls first, backend, model, currency
 """)  # noqa: S608

@@ -13,7 +13,7 @@ from dispatchers.audio.live import Encoding, Wire
 from dispatchers.audio.resample import RATES_HZ
 from dispatchers.interface import Options, VadOptions
 from dispatchers.languages import NAMES
-from gateway.codec import Setup
+from gateway.live.codec import Setup
 from policy.errors import Invalid
 from policy.resolve import Demand, Preference
 

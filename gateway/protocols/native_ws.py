@@ -1,4 +1,4 @@
-"""`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/api/stream.md).
+"""`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/stream.md).
 
 Resume is not offered yet: `ready` carries a null `resume_token`. `metrics` tells no dropped partials: the recogniser
 does not count them.
@@ -31,13 +31,13 @@ from dispatchers.interface import (
     Word,
 )
 from gateway.auth import SUBPROTOCOL, caller_of
-from gateway.codec import Command, Metrics, Ping, Setup, Stop, Unknown
 from gateway.errors import known
-from gateway.frames import MAX_FRAME_BYTES, SEND_S, Frames, Message, Undecodable
-from gateway.intake import AHEAD_MS, Intake
-from gateway.latency import Latency
+from gateway.live.codec import Command, Metrics, Ping, Setup, Stop, Unknown
+from gateway.live.frames import MAX_FRAME_BYTES, SEND_S, Frames, Message, Undecodable
+from gateway.live.intake import AHEAD_MS, Intake
+from gateway.live.latency import Latency
+from gateway.live.session import SEATS, converse
 from gateway.protocols.native_start import Start, start_of_frame, start_of_query
-from gateway.session import SEATS, converse
 from gateway.state import gateway_of, request_id_of
 from policy.errors import Invalid
 from runtime.errors import StenogateError

@@ -16,7 +16,7 @@ import jwt
 import pytest
 
 from dispatchers.engine.models import MICRO_SAMPLES
-from gateway.local import LocalGateway, local_gateway
+from gateway.commands.local import LocalGateway, local_gateway
 
 CLIP = MICRO_SAMPLES / "clip02.wav"
 SAID = "we need to cancel the address before friday"
@@ -71,7 +71,11 @@ def test_a_new_tenant_is_served_billed_and_shut_out(gateway: LocalGateway, data_
     assert line["amount"] == "0.00"  # 3.883 s at 3.60 an hour is 0.003883
     bill = json.loads(ok(data_dir, "statement", "--tenant", "acme", "--format", "json"))
     assert bill["reconciliation"]["difference_ms"] == 0
-    assert bill["reconciliation"]["ledger_amount"] == "0.003883"
+    assert bill["reconciliation"]["ledger_amount"] == "0.003883000"
+
+    spare = ok(data_dir, "token", "--tenant", "acme").strip()
+    ok(data_dir, "revoke", "-", stdin=spare)
+    assert "TOKEN_REVOKED" in stenogate(data_dir, "transcribe", str(CLIP), "--token", spare).stderr
 
     ok(data_dir, "tenant", "suspend", "acme")
     refused = stenogate(data_dir, "transcribe", str(CLIP), "--token", token)

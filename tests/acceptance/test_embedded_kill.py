@@ -12,8 +12,8 @@ from typing import Any
 
 from dispatchers.engine.models import MICRO_SAMPLES
 from dispatchers.wer import word_errors
-from gateway.client import Client
-from gateway.local import local_gateway
+from gateway.commands.client import Client
+from gateway.commands.local import local_gateway
 
 REPEATS = 8
 SETTINGS = {"model": "micro", "chunk_ms": "30000", "job_lease_s": "3"}

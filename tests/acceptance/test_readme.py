@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.local import LocalGateway, local_gateway
+from gateway.commands.local import LocalGateway, local_gateway
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -50,7 +50,11 @@ def run(gateway: LocalGateway, command: list[str], text: str) -> str:
         command,
         input=text,
         cwd=ROOT,
-        env={**os.environ, "STENOGATE_TOKEN": gateway.client.token, "STENOGATE_URL": gateway.client.url},
+        env={
+            **os.environ,
+            "STENOGATE_TOKEN": gateway.client.token,
+            "STENOGATE_URL": gateway.client.url,
+        },
         check=False,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from dispatchers.engine.models import MICRO_SAMPLES
-from gateway.client import Client
+from gateway.commands.client import Client
 from runtime.postgres import embedded_postgres
 
 ROLES = ("owner", "app", "system")

@@ -23,8 +23,8 @@ from rich.table import Table
 from dispatchers.engine.models import MICRO, MICRO_SAMPLES
 from dispatchers.engine.whisper import STOCK_WINDOW
 from dispatchers.wer import word_errors
-from gateway.client import Client
-from gateway.local import local_gateway
+from gateway.commands.client import Client
+from gateway.commands.local import local_gateway
 
 ROUNDS = 5
 REQUESTS = 24

@@ -16,8 +16,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from gateway.client import Client
-from gateway.local import local_gateway
+from gateway.commands.client import Client
+from gateway.commands.local import local_gateway
 
 MIB = 1024 * 1024
 UPLOAD = 1024 * MIB

@@ -17,7 +17,7 @@ SOURCES = [
 # rule: (names that only these files may mention)
 ONLY_HERE = {
     # the one child process that inherits our environment, and the one that must not
-    ("os.environ", "os.getenv"): {"runtime/settings.py", "gateway/local.py"},
+    ("os.environ", "os.getenv"): {"runtime/settings.py", "gateway/commands/local.py"},
     ("create_async_engine",): {"runtime/database.py"},
     ("self._admission.admit",): {"dispatchers/dispatch.py"},
     ("enqueue_job",): {"workers/queue.py"},

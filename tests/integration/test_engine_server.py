@@ -189,7 +189,7 @@ async def test_an_upload_over_the_limit(http: httpx.AsyncClient) -> None:
 
 async def test_figures(http: httpx.AsyncClient) -> None:
     body = (await http.get("/metrics")).text
-    assert 'stenogate_queue_depth 0.0' in body
+    assert "stenogate_queue_depth 0.0" in body
 
 
 # --- who may call -------------------------------------------------------------------------------------------------

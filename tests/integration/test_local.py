@@ -23,7 +23,6 @@ from dispatchers.errors import (
     UnsupportedOption,
 )
 from dispatchers.interface import Heard, Options, Origin, Samples, Segment, StreamInput
-from dispatchers.registry import BACKENDS, load_backend
 
 SAMPLES = Path(dispatchers.engine.__file__).parent / "micro" / "samples"
 SECOND = np.zeros(16_000, np.int16)
@@ -245,10 +244,3 @@ async def test_after_closing_nothing_is_taken(held: LocalBackend) -> None:
     await held.aclose()
     with pytest.raises(BackendUnavailable):
         await held.transcribe(SECOND, Options())
-
-
-def test_backends_are_found_by_name() -> None:
-    assert load_backend("local") is LocalBackend
-    assert all(hasattr(load_backend(name), "transcribe") for name in BACKENDS)
-    with pytest.raises(LookupError):
-        load_backend("nowhere")

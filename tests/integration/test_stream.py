@@ -18,8 +18,8 @@ from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.scripted import Scripted
 from dispatchers.errors import BackendFailed
 from dispatchers.interface import Heard, Options, Samples, Transcript, ignore, to_ms
-from gateway.intake import AHEAD_MS
-from gateway.session import SEATS
+from gateway.live.intake import AHEAD_MS
+from gateway.live.session import SEATS
 from policy import tenants
 from policy.tenants import Tenant
 from runtime.ids import read
@@ -424,7 +424,7 @@ async def test_our_own_fault_is_told_without_a_word_of_it(
 async def test_a_recogniser_that_never_answers_holds_nobody(
     settings: Settings, vad: SileroVad, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.session.DRAIN_S", 0.5)
+    monkeypatch.setattr("gateway.live.session.DRAIN_S", 0.5)
     samples, _ = clip("clip05.wav")
     async with serving(settings, recogniser=Segmenting(Scripted(delay_s=600), vad)) as stuck:
         async with talking(stuck, stuck.token(await stuck.tenant())) as talk:

@@ -167,7 +167,7 @@ def test_a_model_takes_what_it_knows() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, dispatchers.backends.local, dispatchers.registry\n"
+        "import sys, dispatchers.assembly, dispatchers.backends.local\n"
         "heavy = {'ctranslate2', 'faster_whisper', 'av', 'onnxruntime', 'pocketsphinx', 'huggingface_hub'}\n"
         "sys.exit(bool(heavy & set(sys.modules)))"
     )

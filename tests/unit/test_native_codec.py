@@ -29,10 +29,10 @@ from dispatchers.interface import (
     VadOptions,
     Word,
 )
-from gateway.codec import Metrics, Ping, Stop, Unknown
-from gateway.frames import Undecodable
-from gateway.intake import AHEAD_MS, MESSAGES_AHEAD, Intake
-from gateway.latency import Latency
+from gateway.live.codec import Metrics, Ping, Stop, Unknown
+from gateway.live.frames import Undecodable
+from gateway.live.intake import AHEAD_MS, MESSAGES_AHEAD, Intake
+from gateway.live.latency import Latency
 from gateway.protocols.native_ws import Native
 from policy.errors import Invalid
 

@@ -180,9 +180,8 @@ def test_people_see_the_same_numbers() -> None:
     (settle,) = seen["stenogate_settle_seconds"]["values"]
     assert settle["count"] == settle["buckets"]["+Inf"] >= 1
     assert settle["sum"] > 0
-    (rows,) = seen["stenogate_ledger_rows"]["values"]
-    assert rows["labels"] == {"backend": "self_hosted"}
-    assert rows["value"] >= 2
+    rows = {row["labels"]["backend"]: row["value"] for row in seen["stenogate_ledger_rows"]["values"]}
+    assert rows["self_hosted"] >= 2
     assert {"labels": {"state": "unknown"}, "value": None} in seen["stenogate_jobs"]["values"]
     (build,) = seen["stenogate_build"]["values"]
     assert build["labels"]["version"]

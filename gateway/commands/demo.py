@@ -26,19 +26,19 @@ from rich.text import Text
 
 from dispatchers.engine.models import MICRO_SAMPLES
 from dispatchers.wer import word_errors
-from gateway import chores
-from gateway.client import Client, ClientError
+from gateway.commands import chores
+from gateway.commands.client import Client, ClientError
+from gateway.commands.local import local_gateway
+from gateway.commands.transcribe import follow
 from gateway.demo_tenant import DEMO
-from gateway.local import local_gateway
-from gateway.transcribe import follow
 from runtime.settings import Settings
 
 CLIPS = ("clip01.wav", "clip02.wav", "clip04.wav")
 LONG_REPEATS = 6  # six minutes: above the five that make a recording a job
 
-# The micro model's README: its one-utterance samples come out exactly, files of many utterances at 0.9 to 7.2 %. A
-# model of general English hears the synthetic voice less well than the one that was trained on it.
-LIMITS = {"micro": (0.0, 0.072)}
+# What the micro model's README states for these very samples: the clips come out exactly, the long one, repeated as a
+# job, at up to 2 %. A model of general English hears the synthetic voice less well than the one that was trained on it.
+LIMITS = {"micro": (0.0, 0.02)}
 OTHER_LIMITS = (0.5, 0.5)
 
 

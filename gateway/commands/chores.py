@@ -15,11 +15,12 @@ from uuid import UUID
 
 from pydantic import ValidationError
 
-from policy import budget, issuers, policies, pricing, statements, tenants
+from policy import budget, identity, issuers, policies, pricing, statements, tenants
 from policy.budget import Period
 from policy.errors import Invalid
-from policy.identity import SCOPES, mint
+from policy.identity import SCOPES, Authenticator, Caller, mint
 from policy.issuers import Issuer
+from policy.jwks import KeySets
 from policy.policies import Policy, PolicyBody
 from policy.tenants import Status, Tenant
 from runtime.database import Database
@@ -29,7 +30,7 @@ from runtime.signing import signing_key
 from runtime.telemetry import configure_logging
 
 if TYPE_CHECKING:
-    from gateway.client import Client
+    from gateway.commands.client import Client
 
 T = TypeVar("T")
 ACTOR = "cli"
@@ -164,6 +165,30 @@ def disable_issuer(settings: Settings, issuer_id: UUID) -> None:
     _with_database(settings, work)
 
 
+def revoke(settings: Settings, token: str) -> Caller:
+    """Refuses a token that was good until now. Raises `IdentityError` for one that was not."""
+
+    async def work(database: Database) -> Caller:
+        authenticator = Authenticator(
+            database,
+            signing_key=signing_key(settings),
+            issuer=settings.issuer,
+            audience=settings.audience,
+            jwks=KeySets(allow_http=settings.jwks_allow_http),
+        )
+        try:
+            caller = await authenticator.authenticate(token)
+        finally:
+            await authenticator.aclose()
+        async with database.across_tenants("revoke a token") as tx:
+            await identity.revoke(
+                tx, tenant_id=caller.tenant_id, token_id=caller.token_id, expires_at=caller.expires_at, actor=ACTOR
+            )
+        return caller
+
+    return _with_database(settings, work)
+
+
 def show_policy(settings: Settings, slug: str) -> Policy:
     """The policy in force."""
 
@@ -274,7 +299,7 @@ def _month(shown: str) -> tuple[date, date]:
 
 def local_client(settings: Settings, url: str | None, token: str | None) -> Client:
     """A client of the given gateway, or of the one that serves on this data dir. Raises `ClientError`."""
-    from gateway.client import Client, ClientError
+    from gateway.commands.client import Client, ClientError
 
     if url is not None and token is not None:
         return Client(url.rstrip("/"), token)

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from gateway.client import Client, ClientError
+from gateway.commands.client import Client, ClientError
 
 DEFAULT_MODEL = "whisper-1"  # the API's alias of the tenant's default
 

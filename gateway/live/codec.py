@@ -8,9 +8,9 @@ from typing import Any, Protocol, TypeAlias
 from dispatchers.audio.live import Wire
 from dispatchers.dispatch import Live
 from dispatchers.interface import Clear, Event, Flush, Options
-from gateway.frames import Message
-from gateway.intake import Intake
-from gateway.latency import Latency
+from gateway.live.frames import Message
+from gateway.live.intake import Intake
+from gateway.live.latency import Latency
 from policy.resolve import Demand
 from runtime.errors import StenogateError
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.client import Client, ClientError
+from gateway.commands.client import Client, ClientError
 
 START_TIMEOUT_S = 600  # a first Whisper model is a download
 STOP_TIMEOUT_S = 40

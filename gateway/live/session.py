@@ -18,11 +18,11 @@ import structlog
 from dispatchers.dispatch import Door, Live
 from dispatchers.errors import BackendTimeout, Overloaded
 from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Pcm, StreamInput
-from gateway.codec import Codec, Metrics, Ping, Setup, Stop, Unknown
 from gateway.errors import close_code, known
-from gateway.frames import Frames, Gone, Idle, Message, SessionTooLong, UnknownMessage
-from gateway.intake import Intake, Received
-from gateway.latency import Latency
+from gateway.live.codec import Codec, Metrics, Ping, Setup, Stop, Unknown
+from gateway.live.frames import Frames, Gone, Idle, Message, SessionTooLong, UnknownMessage
+from gateway.live.intake import Intake, Received
+from gateway.live.latency import Latency
 from policy.errors import Invalid
 from policy.identity import Caller
 from runtime.errors import StenogateError
