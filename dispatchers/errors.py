@@ -50,7 +50,7 @@ class AudioTooLong(AudioError):
 
 
 class UnsupportedAudio(AudioError):
-    """This kind of audio is not supported. Use 1 or 2 channels at 8 to 192 kHz."""
+    """This kind of audio is not supported. Use 1 to 8 channels at 8 to 192 kHz."""
 
     code = "UNSUPPORTED_AUDIO"
 

@@ -151,6 +151,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "DATABASE_UNAVAILABLE": Meaning(503, 1013, "Database away", _SERVER),
     "LEASE_LOST": Meaning(500, 1011, "Lease lost", _SERVER),
     "UNAVAILABLE": Meaning(503, 1013, "Unavailable", _SERVER),
+    "MISCONFIGURED": Meaning(500, 1011, "Misconfigured", _SERVER),
     "INTERNAL": Meaning(500, 1011, "Internal error", _SERVER),
 }
 

@@ -142,4 +142,5 @@ def _announced(settings: Settings, announcement: Announcement) -> Iterator[None]
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if path.exists() and json.loads(path.read_text())["pid"] == os.getpid():  # else it speaks of another by now
+            path.unlink()

@@ -179,7 +179,7 @@ def _objection(policy: PolicyBody, demand: Demand, offer: Offer, model: str) -> 
     if policy.models is not None and model not in policy.models:
         return _No(NotAllowed, f"The tenant's policy does not allow the model `{model}`.")
     abilities = {"words": offer.words, "translate": offer.translate, "streaming": offer.streaming}
-    if missing := [feature for feature in sorted(demand.needs()) if not abilities.get(feature, True)]:
+    if missing := [feature for feature in sorted(demand.needs()) if not abilities.get(feature, False)]:
         return _No(Invalid, f"The backend does not support: {', '.join(missing)}.")
     language = _primary(demand.language)
     if language is not None and offer.languages is not None and language not in offer.languages:

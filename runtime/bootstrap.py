@@ -24,6 +24,8 @@ async def bootstrap(admin_url: str, *, owner_url: str, app_url: str, system_url:
         for url in (owner_url, app_url, system_url):
             await _ensure_role(connection, url)
         if not await connection.fetchval("select 1 from pg_database where datname = $1", database):
+            # An administrator who is no superuser may give a database only to a role of which it is a member.
+            await connection.execute(f"grant {_quoted([_user(owner_url)])} to current_user")
             await connection.execute(f"create database {_quoted([database])} owner {_quoted([_user(owner_url)])}")
         await connection.execute(f"revoke all on database {_quoted([database])} from public")
         names = _quoted([_user(app_url), _user(system_url)])

@@ -40,7 +40,9 @@ def with_database(settings: Settings, *, fast: bool = False) -> Iterator[Setting
                 "migration_database_url": SecretStr(_role_url(server, "stenogate_owner")),
             }
         )
-        prepare(server.admin_url(), completed)
+        owner_url = _role_url(server, "stenogate_owner")
+        if asyncio.run(migrations.revision(owner_url)) != migrations.head():
+            prepare(server.admin_url(), completed)
         yield completed
 
 
@@ -51,8 +53,6 @@ def prepare(admin_url: str | None, settings: Settings) -> None:
         for url in (settings.migration_database_url, settings.database_url, settings.system_database_url)
         if url is not None
     )
-    if asyncio.run(migrations.revision(owner)) == migrations.head():
-        return
     if admin_url is not None:
         asyncio.run(bootstrap(admin_url, owner_url=owner, app_url=app, system_url=system))
     migrations.upgrade(owner, app_role=make_url(app).username or "", system_role=make_url(system).username or "")

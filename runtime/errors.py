@@ -3,7 +3,8 @@
     StenogateError
     ├── policy.errors.PolicyError          who may do what, and what it costs
     ├── dispatchers.errors.DispatchError   audio in, transcript out
-    └── workers.errors.JobError            durable work
+    ├── workers.errors.JobError            durable work
+    └── Misconfigured                      settings that do not fit together
 
 A class says once, for every protocol, its `code` and whether the same request may succeed later (`retryable`). Its
 docstring is its default message, so it is written for the person who will read it. `gateway.errors` translates the
@@ -27,3 +28,9 @@ class StenogateError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
         super().__init__(self.message)
+
+
+class Misconfigured(StenogateError):
+    """The settings do not fit together."""
+
+    code = "MISCONFIGURED"

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 from runtime.blobs import Blobs
 from runtime.coordination import Coordination, InProcess, RedisCoordination
 from runtime.database import Database
+from runtime.errors import Misconfigured
 from runtime.settings import Settings
 from runtime.signing import signing_key
 
@@ -30,7 +31,7 @@ class Resources:
 async def open_resources(settings: Settings) -> AsyncIterator[Resources]:
     """The resources of settings whose database URLs are set (`runtime.embedded.with_database` sets them)."""
     if settings.database_url is None or settings.system_database_url is None:
-        raise ValueError("set STENOGATE_DATABASE_URL and STENOGATE_SYSTEM_DATABASE_URL, or neither")
+        raise Misconfigured("set STENOGATE_DATABASE_URL and STENOGATE_SYSTEM_DATABASE_URL, or neither")
     database = Database(
         settings.database_url.get_secret_value(),
         settings.system_database_url.get_secret_value(),

@@ -14,6 +14,7 @@ from redis.exceptions import RedisError
 
 from dispatchers.assembly import open_door
 from dispatchers.dispatch import Door
+from runtime.errors import Misconfigured
 from runtime.resources import Resources, open_resources
 from runtime.settings import Settings
 from runtime.telemetry import configure_logging
@@ -78,7 +79,7 @@ async def _answer(context: dict[Any, Any], doorbell: InProcessDoorbell) -> None:
 def run(settings: Settings) -> None:
     """Works until SIGINT or SIGTERM; then gives what it is at back to the queue. Blocking; for the main thread."""
     if settings.redis_url is None:
-        raise ValueError("set STENOGATE_REDIS_URL: without it, the gateway does its jobs itself")
+        raise Misconfigured("set STENOGATE_REDIS_URL: without it, the gateway does its jobs itself")
     configure_logging(settings.log_level, settings.log_format)
     asyncio.run(_work(settings, settings.redis_url.get_secret_value()))
 

@@ -25,6 +25,7 @@ from policy.policies import Policy, PolicyBody
 from policy.tenants import Status, Tenant
 from runtime.database import Database
 from runtime.embedded import prepare, with_database
+from runtime.errors import Misconfigured
 from runtime.settings import Settings
 from runtime.signing import signing_key
 from runtime.telemetry import configure_logging
@@ -41,7 +42,7 @@ def _with_database(settings: Settings, work: Callable[[Database], Awaitable[T]])
     configure_logging("warning", "console")
     with with_database(settings) as completed:
         if completed.database_url is None or completed.system_database_url is None:
-            raise Invalid("STENOGATE_SYSTEM_DATABASE_URL is not set; it goes with STENOGATE_DATABASE_URL")
+            raise Misconfigured("STENOGATE_SYSTEM_DATABASE_URL is not set; it goes with STENOGATE_DATABASE_URL")
         app_url, system_url = (
             completed.database_url.get_secret_value(),
             completed.system_database_url.get_secret_value(),
@@ -63,7 +64,7 @@ def migrate(settings: Settings, admin_url: str | None) -> str:
         with with_database(settings):
             return "the embedded database is at this release's schema"
     if settings.migration_database_url is None or settings.system_database_url is None:
-        raise Invalid("set STENOGATE_MIGRATION_DATABASE_URL and STENOGATE_SYSTEM_DATABASE_URL")
+        raise Misconfigured("set STENOGATE_MIGRATION_DATABASE_URL and STENOGATE_SYSTEM_DATABASE_URL")
     prepare(admin_url, settings)
     return "the database is at this release's schema"
 
