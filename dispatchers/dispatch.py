@@ -1,6 +1,6 @@
 """The door. Every protocol, every job, every kind of audio goes through here, so policy cannot differ by transport.
 
-    resolve (which backends, why) → admit (quota, price, hold) → recognise (with fallback) → meter → settle
+resolve (which backends, why) → admit (quota, price, hold) → recognise (with fallback) → meter → settle
 """
 
 from __future__ import annotations

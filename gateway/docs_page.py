@@ -64,12 +64,12 @@ def _page() -> str:
 
 def _operation(path: str, method: str, operation: dict[str, Any]) -> str:
     rows = [
-        (parameter["name"], parameter["in"], _type(parameter["schema"]), parameter.get("description", ""))
+        (parameter["name"], parameter["in"], _type(parameter["schema"]), _markup(parameter.get("description", "")))
         for parameter in operation.get("parameters", ())
     ]
     body = operation.get("requestBody", {}).get("content", {})
     rows += [("body", media_type, _type(content["schema"]), "") for media_type, content in body.items()]
-    answers = ", ".join(
+    answers = " ".join(
         f"<code>{escape(status)}</code> {_markup(answer['description'])}"
         for status, answer in operation["responses"].items()
         if "description" in answer
