@@ -147,9 +147,10 @@ async def _listening(gateway: Gateway) -> AsyncIterator[str]:
             await task
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 async def served(settings: Settings) -> AsyncIterator[Served]:
-    """A gateway with the micro model, small thresholds, and jobs done in the same process."""
+    """A gateway with the micro model, small thresholds, and jobs done in the same process. It ends with its module: its
+    workers would take other tests' jobs."""
     changes = {"model": "micro", "engine_workers": 1, "job_threshold_ms": 20_000, "upload_idle_s": 1.0}
     async with serving(settings, **changes) as running:
         yield running
