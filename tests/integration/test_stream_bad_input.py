@@ -27,7 +27,7 @@ TOO_BIG = bytes(256 * 1024 + 1)
 
 @pytest.fixture(scope="module")
 async def server(settings: Settings) -> AsyncIterator[Served]:
-    async with serving(settings, backend="scripted") as running:
+    async with serving(settings, backend="scripted", stream_frames_per_s=100_000) as running:  # some send single bytes
         yield running
     assert SEATS.taken == 0
 
