@@ -35,7 +35,8 @@ async def server(settings: Settings) -> AsyncIterator[Served]:
 @pytest.fixture(scope="module")
 async def impatient(settings: Settings) -> AsyncIterator[Served]:
     """Waits for nothing longer than half a second, and takes its token from the address if need be."""
-    async with serving(settings, backend="scripted", stream_idle_s=0.5, token_in_url=True) as running:
+    changes: dict[str, Any] = {"stream_idle_s": 0.5, "token_in_url": True, "stream_frames_per_s": 100_000}
+    async with serving(settings, backend="scripted", **changes) as running:
         yield running
 
 

@@ -20,6 +20,7 @@ from runtime.ids import read
 from runtime.settings import Settings
 from tests.server import Served, assert_problem, serving
 from tests.streaming import clip, denial, refused, talking
+from workers.schedule import tidied
 
 SILENCE = bytes(32_000)
 USED = (401, "TOKEN_INVALID")
@@ -119,7 +120,7 @@ async def test_a_late_ticket_is_refused_and_its_row_goes(server: Served) -> None
     ticket, other = await ticket_of(server, token, ttl_s=1), await ticket_of(server, token, ttl_s=60)
     database = server.gateway.resources.database
     count = text("select count(*), count(*) filter (where expires_at <= now()) as late from tickets")
-    async with asyncio.timeout(10), database.tenant(tenant.id) as tx:
+    async with database.tenant(tenant.id) as tx:
         assert (await tx.execute(count)).one().count == 2
     await asyncio.sleep(1.1)
     assert await refused(server, None, f"?ticket={ticket}") == USED
@@ -127,6 +128,22 @@ async def test_a_late_ticket_is_refused_and_its_row_goes(server: Served) -> None
     async with database.tenant(tenant.id) as tx:
         assert tuple((await tx.execute(count)).one()) == (1, 0)
     await opened(server, f"?ticket={other}&language=en")
+
+
+async def test_late_tickets_are_removed_by_themselves(server: Served) -> None:
+    tenant = await server.tenant()
+    resources = server.gateway.resources
+    late = text("""
+        insert into tickets (tenant_id, digest, subject, scopes, token_id, token_expires_at, expires_at)
+        values (:tenant, sha256('late'), 'tester', '{transcribe}', 'tok', 1, now())
+    """)
+    async with resources.database.tenant(tenant.id) as tx:
+        await tx.execute(late, {"tenant": tenant.id})
+    async with tidied(resources.database, resources.blobs), asyncio.timeout(20):
+        left = 1
+        while left:
+            async with resources.database.tenant(tenant.id) as tx:
+                left = (await tx.execute(text("select count(*) from tickets"))).scalar_one()
 
 
 async def test_only_a_digest_is_kept(server: Served) -> None:
