@@ -24,12 +24,13 @@ from runtime.telemetry import QUEUE_DEPTH, QUEUE_RUNNING
 
 @dataclass(frozen=True)
 class Opened:
-    """A door and what stands behind it."""
+    """A door and what stands behind it. `queue_wait_s`: about how long live work that came now would wait."""
 
     door: Door
     authenticator: Authenticator
     catalogue: Callable[[], tuple[ModelCard, ...]]
     model_note: str | None
+    queue_wait_s: Callable[[], float]
 
 
 @asynccontextmanager
@@ -43,25 +44,28 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
         audience=settings.audience,
         jwks=KeySets(allow_http=settings.jwks_allow_http),
     )
-    backend, catalogue, note = await _self_hosted(settings)
+    backend, catalogue, note, wait_s = await _self_hosted(settings)
     vad = await asyncio.to_thread(SileroVad.load)
     backends: dict[str, Dispatcher] = {"self_hosted": Segmenting(backend, vad)}
     admission = Admission(resources.database, resources.coordination)
     try:
-        yield Opened(Door(resources.database, admission, authenticator, backends), authenticator, catalogue, note)
+        door = Door(resources.database, admission, authenticator, backends)
+        yield Opened(door, authenticator, catalogue, note, wait_s)
     finally:
         for dispatcher in backends.values():
             await dispatcher.aclose()
         await authenticator.aclose()
 
 
-async def _self_hosted(settings: Settings) -> tuple[Dispatcher, Callable[[], tuple[ModelCard, ...]], str]:
-    """What stands behind `self_hosted`, its models, and why this default."""
+async def _self_hosted(
+    settings: Settings,
+) -> tuple[Dispatcher, Callable[[], tuple[ModelCard, ...]], str, Callable[[], float]]:
+    """What stands behind `self_hosted`, its models, why this default, and how long live work would wait for it."""
     if settings.backend == "scripted":
-        return Scripted(), tuple, "no model: a scripted answer, for smoke tests"
+        return Scripted(), tuple, "no model: a scripted answer, for smoke tests", lambda: 0.0  # it has no queue
     chosen = await asyncio.to_thread(choose_model, settings)
     backend = local_backend(settings, chosen)
     QUEUE_DEPTH.set_function(lambda: backend.waiting)
     QUEUE_RUNNING.set_function(lambda: backend.running)
     await backend.warm()
-    return backend, backend.catalogue, chosen.reason
+    return backend, backend.catalogue, chosen.reason, lambda: backend.wait_s

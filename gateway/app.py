@@ -8,7 +8,7 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from gateway import docs_page, health
-from gateway.api import explain, jobs, sessions, usage
+from gateway.api import config, explain, jobs, sessions, tickets, usage
 from gateway.middleware import Answered, Identified, nowhere, unhandled
 from gateway.protocols import native_ws, openai_rest
 from gateway.state import Gateway
@@ -16,6 +16,8 @@ from gateway.state import Gateway
 ROUTES: tuple[BaseRoute, ...] = (
     *openai_rest.routes,
     *native_ws.routes,
+    *tickets.routes,
+    *config.routes,
     *jobs.routes,
     *sessions.routes,
     *usage.routes,

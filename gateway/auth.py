@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import structlog
 from starlette.requests import HTTPConnection
 
 from gateway.state import gateway_of
+from policy import tickets
 from policy.errors import Forbidden, IdentityError
 from policy.identity import Caller
+from policy.outage import ledger_reachable
+from policy.tickets import Redeemed
 from runtime.telemetry import AUTH_FAILURES
 
 SUBPROTOCOL = "stenogate.v1"
@@ -19,14 +25,39 @@ async def caller_of(connection: HTTPConnection, scope: str, *, token: str | None
 
     Raises `IdentityError`, `TenantSuspended` or `ScopeMissing`.
     """
-    try:
+    with _refusals_counted():
         caller = await gateway_of(connection).authenticator.authenticate(bearer_token(connection) or token)
-        structlog.contextvars.bind_contextvars(tenant=caller.tenant, subject=caller.subject)
-        caller.require(scope)
+        _known(caller).require(scope)
+    return caller
+
+
+async def ticket_holder(connection: HTTPConnection, ticket: str, scope: str) -> Redeemed:
+    """The caller that the ticket speaks for, who holds `scope`; the ticket is used up by that, whatever comes of it.
+
+    Raises `IdentityError`, `TenantSuspended`, `ScopeMissing`, `LedgerUnavailable`.
+    """
+    gateway = gateway_of(connection)
+    with _refusals_counted():
+        with ledger_reachable():
+            async with gateway.resources.database.across_tenants("redeem a ticket") as tx:
+                redeemed = await tickets.redeem(tx, ticket)
+        await gateway.authenticator.recheck(redeemed.caller)
+        _known(redeemed.caller).require(scope)
+    return redeemed
+
+
+def _known(caller: Caller) -> Caller:
+    structlog.contextvars.bind_contextvars(tenant=caller.tenant, subject=caller.subject)
+    return caller
+
+
+@contextmanager
+def _refusals_counted() -> Iterator[None]:
+    try:
+        yield
     except (IdentityError, Forbidden) as refusal:
         AUTH_FAILURES.labels(refusal.code).inc()
         raise
-    return caller
 
 
 def bearer_token(connection: HTTPConnection) -> str | None:

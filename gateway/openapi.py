@@ -177,6 +177,28 @@ SCHEMAS: dict[str, Any] = {
             },
         }
     ),
+    "TicketRequest": obj(
+        {
+            "ttl_s": {"type": "integer", "minimum": 1, "maximum": 60, "default": 30},
+            "scopes": {"type": "array", "items": _STRING, "default": ["transcribe"]},
+            "start": {"type": "object", "description": "Fields of the `start` frame that the client cannot change."},
+        }
+    ),
+    "Ticket": obj(
+        {"ticket": _STRING, "expires_at": {**_INTEGER, "description": "Unix seconds."}},
+        required=["ticket", "expires_at"],
+    ),
+    "Config": obj(
+        {
+            "object": {"const": "config"},
+            "protocol": _STRING,
+            "encodings": {"type": "array", "items": _STRING},
+            "sample_rates": obj({"least": _INTEGER, "most": _INTEGER}),
+            "languages": {"type": ["array", "null"], "items": _STRING, "description": "Null: any."},
+            "models": {"type": "array", "items": _STRING},
+            "limits": {"type": "object", "additionalProperties": _INTEGER},
+        }
+    ),
     "Question": obj(
         {
             "kind": {"type": "string", "enum": ["file", "stream", "job"], "default": "file"},

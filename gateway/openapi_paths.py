@@ -78,7 +78,7 @@ _LIVE = """\
 Upgrade to a WebSocket. The first frame is `{"type":"start", …}`, or its fields stand in the query string; then binary
 frames of audio, and `{"type":"flush"}`, `{"type":"clear"}`, `{"type":"ping"}`, `{"type":"metrics"}`, `{"type":"stop"}`.
 Events come as JSON: `ready`, `speech_started`, `partial`, `delta`, `final`, `gap`, `usage`, `flushed`, `cleared`,
-`error`, `closed`. A browser offers the subprotocols `stenogate.v1` and `bearer.<token>`."""
+`error`, `closed`. A browser offers the subprotocols `stenogate.v1` and `bearer.<token>`, or brings a ticket."""
 
 PATHS: Json = {
     "/v1/audio/transcriptions": {
@@ -109,7 +109,25 @@ PATHS: Json = {
         "get": operation("Show a model", "One of the list.", json_answer("Model"), parameters=[path_id("model")])
     },
     "/v1/stream": {
-        "get": operation("Transcribe live", _LIVE, {"101": {"description": "The WebSocket is open."}}),
+        "get": operation(
+            "Transcribe live",
+            _LIVE,
+            {"101": {"description": "The WebSocket is open."}},
+            parameters=[query("ticket", "Of `POST /v1/tickets`, in place of a token.")],
+        ),
+    },
+    "/v1/tickets": {
+        "post": operation(
+            "Make a ticket",
+            "Opens one live stream in place of the token, for a minute at most; for browsers.",
+            json_answer("Ticket", "Made; this is the only time that it is told.", "201"),
+            requestBody={"content": {"application/json": {"schema": ref("TicketRequest")}}},
+        )
+    },
+    "/v1/config": {
+        "get": operation(
+            "Show the configuration", "What is offered here, and its limits.", json_answer("Config"), scope=None
+        )
     },
     "/v1/jobs": {
         "get": operation(

@@ -85,17 +85,23 @@ async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str |
         await asyncio.to_thread(sweep, settings.data_dir / "uploads")
         lag = asyncio.create_task(watch_loop_lag(0.1))
         stack.callback(lag.cancel)
-        yield Gateway(settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue), opened.model_note
+        gateway = Gateway(
+            settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue, opened.queue_wait_s
+        )
+        yield gateway, opened.model_note
 
 
 def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
     """How we listen. Sockets are handed over open, so nothing races for the port."""
+    proxies = [str(network) for network in gateway.settings.trusted_proxies or ()]
     return uvicorn.Config(
         create_app(gateway),
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=bool(proxies),  # else anybody on this machine could name any address as its own
+        forwarded_allow_ips=proxies,
         ws="websockets-sansio",
         ws_per_message_deflate=False,  # speech does not compress, and inflating is a way in for bombs
         ws_ping_timeout=None,  # pongs stand behind audio that we do not read yet; the idle limit ends dead peers

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gateway:
-    """Open parts, shared by every request. `catalogue` tells the models of this installation, its default first."""
+    """Open parts, shared by every request. `catalogue` tells the models of this installation, its default first;
+    `queue_wait_s` about how long live work that came now would wait for the engine."""
 
     settings: Settings
     resources: Resources
@@ -29,6 +30,7 @@ class Gateway:
     door: Door
     jobs: Jobs
     catalogue: Callable[[], tuple[ModelCard, ...]]
+    queue_wait_s: Callable[[], float]
     decoder: Decoder = field(default_factory=Decoder)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -76,11 +77,46 @@ class Settings(BaseSettings):
     job_lease_s: float = Field(60.0, gt=0, description="A job whose worker is silent for so long is taken over.")
 
     max_streams: int = Field(256, ge=1, description="Live streams in one process.")
+    max_streams_per_address: int = Field(
+        128, ge=1, description="Live streams of one client address (of one /64 with IPv6) in one process."
+    )
+    max_queue_wait_s: float = Field(
+        5.0, ge=0, description="New streams are refused while live work would wait longer for the engine."
+    )
+    stream_frames_per_s: int = Field(
+        500, ge=10, le=100_000, description="Frames taken from one live stream; a faster sender is held back."
+    )
     stream_idle_s: float = Field(60.0, gt=0, description="A live stream without any frame for so long is closed.")
     token_in_url: bool = Field(False, description="Allow `?token=` on the WebSocket (tokens then reach proxy logs).")
+    origins: Annotated[frozenset[str] | None, NoDecode] = Field(
+        None,
+        description="Pages that may open live streams: origins such as `https://app.example`, with commas between;"
+        " `*`: all. Unset: pages of the gateway's own host.",
+    )
+    trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...] | None, NoDecode] = Field(
+        None,
+        description="Networks of proxies, with commas between, whose `X-Forwarded-…` is believed. Unset: none.",
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
     log_format: Literal["json", "console"] = Field("json", description="JSON lines, or lines for people.")
+
+    @field_validator("origins", "trusted_proxies", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """From the environment it comes as one text."""
+        if not isinstance(value, str):
+            return value
+        return [part.strip() for part in value.split(",") if part.strip()] or None
+
+    @field_validator("origins")
+    @classmethod
+    def _origins(cls, origins: frozenset[str] | None) -> frozenset[str] | None:
+        for origin in origins or ():
+            parts = urlsplit(origin)
+            if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+                raise ValueError(f"{origin} is no origin; write scheme://host or scheme://host:port, or *")
+        return None if origins is None else frozenset(origin.lower() for origin in origins)
 
     @field_validator("signing_key")
     @classmethod

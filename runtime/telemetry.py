@@ -51,7 +51,7 @@ CREDENTIALS = (
     (re.compile(r"eyJ[\w.-]{8,}"), "***"),  # RFC 7519: a JWT's header starts with {"
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]+", re.IGNORECASE), r"\1 ***"),
     (re.compile(r"://[^\s/@]*@"), "://***@"),
-    (re.compile(r"\b(\w*(?:token|secret|password|key))=[^\s&'\"]+", re.IGNORECASE), r"\1=***"),
+    (re.compile(r"\b(\w*(?:token|ticket|secret|password|key))=[^\s&'\"]+", re.IGNORECASE), r"\1=***"),
 )
 LONGEST_VALUE = 16_384
 TALKATIVE = (

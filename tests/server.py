@@ -19,7 +19,7 @@ from openai import AsyncOpenAI
 from dispatchers.assembly import open_door
 from dispatchers.dispatch import Door
 from dispatchers.interface import Dispatcher
-from gateway.app import create_app
+from gateway.serve import uvicorn_config
 from gateway.state import Gateway
 from policy import budget, policies, pricing, tenants
 from policy.admission import Admission
@@ -126,15 +126,16 @@ async def serving(settings: Settings, *, recogniser: Dispatcher | None = None, *
             admission = Admission(resources.database, resources.coordination)
             door = Door(resources.database, admission, opened.authenticator, {"self_hosted": recogniser})
         jobs = await stack.enter_async_context(open_jobs(resources, door))
-        gateway = Gateway(resources.settings, resources, opened.authenticator, door, jobs, opened.catalogue)
+        gateway = Gateway(
+            resources.settings, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s
+        )
         yield Served(gateway, await stack.enter_async_context(_listening(gateway)))
 
 
 @asynccontextmanager
 async def _listening(gateway: Gateway) -> AsyncIterator[str]:
-    config = uvicorn.Config(
-        create_app(gateway), lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=5
-    )
+    config = uvicorn_config(gateway)
+    config.timeout_graceful_shutdown = 5
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,10 +90,16 @@ class Talk:
 
 @asynccontextmanager
 async def talking(
-    served: Served, token: str | None, query: str = "", *, path: str = "/v1/stream", **options: Any
+    served: Served,
+    token: str | None,
+    query: str = "",
+    *,
+    path: str = "/v1/stream",
+    extra: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> AsyncIterator[Talk]:
-    """An open connection, for whose `start` the server waits, unless the query carries its fields."""
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    """An open connection, for whose `start` the server waits, unless the query carries its fields. `extra`: headers."""
+    headers = ({} if token is None else {"Authorization": f"Bearer {token}"}) | dict(extra or {})
     address = served.url.replace("http", "ws", 1) + path + query
     async with connect(address, additional_headers=headers, compression=None, proxy=None, **options) as socket:
         talk = Talk(socket)

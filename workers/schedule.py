@@ -13,6 +13,7 @@ import structlog
 from sqlalchemy import text
 
 from policy.admission import reap
+from policy.tickets import purge
 from runtime.blobs import Blobs
 from runtime.database import Database
 from runtime.telemetry import JOBS
@@ -59,6 +60,7 @@ async def tidied(database: Database, blobs: Blobs) -> AsyncIterator[None]:
     async with (
         _repeated(TIDY_S, lambda: reap(database, ABANDONED_S)),
         _repeated(TIDY_S, lambda: collect(database, blobs)),
+        _repeated(TIDY_S, lambda: purge(database)),
         _repeated(COUNT_S, lambda: count(database)),
     ):
         yield

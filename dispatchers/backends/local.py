@@ -157,6 +157,11 @@ class LocalBackend:
         return sum(loaded.scheduler.running for loaded in self._loaded.values())
 
     @property
+    def wait_s(self) -> float:
+        """About how long live work that came now would wait, for the model that is busiest."""
+        return max((loaded.scheduler.wait_s for loaded in self._loaded.values()), default=0.0)
+
+    @property
     def workers(self) -> int:
         """How many transcriptions the loaded models can work on at once."""
         return sum(loaded.scheduler.workers for loaded in self._loaded.values())

@@ -62,6 +62,7 @@ class Scheduler:
         self._lines = {urgency: _Line() for urgency in _CLASSES}
         self._running = 0
         self._mean_s = 1.0
+        self._live_mean_s = 1.0
         self._closed = False
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="engine")
 
@@ -69,6 +70,13 @@ class Scheduler:
     def waiting(self) -> int:
         """Pieces of work in the queue."""
         return sum(map(len, self._lines.values()))
+
+    @property
+    def wait_s(self) -> float:
+        """About how long live work (finals and partials) that came now would stand in the queue, going by what such
+        work took of late. Batches stand behind it and do not count."""
+        ahead = len(self._lines["final"]) + len(self._lines["partial"])
+        return self._live_mean_s * ahead / self.workers
 
     @property
     def running(self) -> int:
@@ -97,7 +105,7 @@ class Scheduler:
 
         def ended(_: ThreadFuture[R]) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is waiting for a seat any more
-                loop.call_soon_threadsafe(self._ended, time.monotonic() - began)
+                loop.call_soon_threadsafe(self._ended, urgency, time.monotonic() - began)
 
         future.add_done_callback(ended)
         async with asyncio.timeout(timeout_s):
@@ -132,8 +140,10 @@ class Scheduler:
                 self._release()
             raise
 
-    def _ended(self, took_s: float) -> None:
+    def _ended(self, urgency: Urgency, took_s: float) -> None:
         self._mean_s += _SMOOTHING * (took_s - self._mean_s)
+        if urgency != "batch":
+            self._live_mean_s += _SMOOTHING * (took_s - self._live_mean_s)
         self._release()
 
     def _release(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from gateway.errors import EdgeError, problem_response
+from gateway.live.pace import Pace
 from runtime.errors import StenogateError
 
 MAX_FRAME_BYTES = 256 * 1024
@@ -81,9 +82,10 @@ class Frames:
     Once the peer is known to be gone, or not to read, sending does nothing: what is under way finishes for the record.
     """
 
-    def __init__(self, websocket: WebSocket, *, send_s: float = SEND_S):
+    def __init__(self, websocket: WebSocket, *, pace: Pace, send_s: float = SEND_S):
         self.gone = False
         self._websocket = websocket
+        self._pace = pace
         self._send_s = send_s
         self._sent = 0
         self._sending = asyncio.Lock()
@@ -101,7 +103,8 @@ class Frames:
             raise Gone from error
 
     async def receive(self, timeout_s: float | None) -> str | bytes:
-        """The next frame. Raises `Idle`, `Gone` and what is wrong with the frame."""
+        """The next frame, when its turn has come. Raises `Idle`, `Gone` and what is wrong with the frame."""
+        await self._pace.turn()
         try:
             async with asyncio.timeout(timeout_s):
                 message = await self._websocket.receive()

@@ -23,7 +23,7 @@ Hotword = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_NO_NUL)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=_NO_NUL)]
 
-_CREDENTIALS = frozenset({"token"})
+_CREDENTIALS = frozenset({"token", "ticket"})
 _JSON_FIELDS = frozenset({"metadata", "vad"})
 
 
@@ -108,10 +108,20 @@ def start_of_frame(fields: Mapping[str, Any]) -> Start:
     return _start(fields, strict=True)
 
 
-def start_of_query(query: QueryParams) -> Start | None:
-    """None where the address carries no field. Raises `Invalid`, which names the field."""
+def start_of_query(query: QueryParams, fixed: Mapping[str, Any]) -> Start | None:
+    """The fields of the address and those that a ticket fixed; None where there are neither. Raises `Invalid`, which
+    names the field."""
     names = [name for name in query if name not in _CREDENTIALS]
-    return _start({name: _query_value(query, name) for name in names}, strict=False) if names else None
+    if taken := next((name for name in names if name in fixed), None):
+        raise Invalid(f"`{taken}` was fixed when the ticket was made.", param=taken)
+    fields = {name: _query_value(query, name) for name in names} | dict(fixed)
+    return _start(fields, strict=False) if fields else None
+
+
+def fixed_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `start` for a ticket to fix, checked. Raises `Invalid`, which names the field."""
+    _start(fields, strict=True)
+    return {name: value for name, value in fields.items() if name != "type"}
 
 
 def _start(fields: Mapping[str, Any], *, strict: bool) -> Start:

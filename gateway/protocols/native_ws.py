@@ -7,7 +7,7 @@ does not count them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from starlette.datastructures import QueryParams
@@ -30,16 +30,19 @@ from dispatchers.interface import (
     Used,
     Word,
 )
-from gateway.auth import SUBPROTOCOL, caller_of
+from gateway.auth import SUBPROTOCOL, bearer_token, caller_of, ticket_holder
 from gateway.errors import known
 from gateway.live.codec import Command, Metrics, Ping, Setup, Stop, Unknown
+from gateway.live.entrance import let_in
 from gateway.live.frames import MAX_FRAME_BYTES, SEND_S, Frames, Message, Undecodable
 from gateway.live.intake import AHEAD_MS, Intake
 from gateway.live.latency import Latency
-from gateway.live.session import SEATS, converse
+from gateway.live.pace import Pace
+from gateway.live.session import converse
 from gateway.protocols.native_start import Start, start_of_frame, start_of_query
 from gateway.state import gateway_of, request_id_of
 from policy.errors import Invalid
+from policy.identity import Caller
 from runtime.errors import StenogateError
 from runtime.ids import show
 
@@ -60,9 +63,9 @@ class Native:
     def setup(self, text: str) -> Setup:
         return self._opened(start_of_frame(_object(text)))
 
-    def setup_of_query(self, query: QueryParams) -> Setup | None:
-        """The same from the address; None where it carries no field."""
-        start = start_of_query(query)
+    def setup_of_query(self, query: QueryParams, fixed: Mapping[str, Any]) -> Setup | None:
+        """The same from the address and from a ticket's fixed fields; None where there is no field."""
+        start = start_of_query(query, fixed)
         return None if start is None else self._opened(start)
 
     def command(self, text: str) -> Command:
@@ -245,13 +248,13 @@ async def stream(websocket: WebSocket) -> None:
     """The route. A refusal before the upgrade is an HTTP status with a problem."""
     gateway = gateway_of(websocket)
     request_id = request_id_of(websocket)
-    frames = Frames(websocket, send_s=min(SEND_S, gateway.settings.stream_idle_s))
+    settings = gateway.settings
+    frames = Frames(websocket, send_s=min(SEND_S, settings.stream_idle_s), pace=Pace(settings.stream_frames_per_s))
     try:
-        in_url = websocket.query_params.get("token") if gateway.settings.token_in_url else None
-        caller = await caller_of(websocket, "transcribe", token=in_url)
-        codec = Native(request_id)
-        setup = codec.setup_of_query(websocket.query_params)
-        with SEATS.seat(gateway.settings.max_streams):
+        with let_in(websocket):
+            caller, fixed = await _caller(websocket)
+            codec = Native(request_id)
+            setup = codec.setup_of_query(websocket.query_params, fixed)
             offered = cast(Sequence[str], websocket.scope.get("subprotocols") or ())
             await converse(
                 frames,
@@ -260,12 +263,22 @@ async def stream(websocket: WebSocket) -> None:
                 codec,
                 setup,
                 subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None,
-                idle_s=gateway.settings.stream_idle_s,
+                idle_s=settings.stream_idle_s,
             )
     except Exception as exc:
         if frames.accepted:
             raise
         await frames.deny(known(exc), request_id)
+
+
+async def _caller(websocket: WebSocket) -> tuple[Caller, Mapping[str, Any]]:
+    """Who calls, and the fields of `start` that a ticket fixed. A ticket counts where no token was sent."""
+    ticket = websocket.query_params.get("ticket")
+    if ticket is not None and bearer_token(websocket) is None:
+        redeemed = await ticket_holder(websocket, ticket, "transcribe")
+        return redeemed.caller, redeemed.start
+    in_url = websocket.query_params.get("token") if gateway_of(websocket).settings.token_in_url else None
+    return await caller_of(websocket, "transcribe", token=in_url), {}
 
 
 routes: list[BaseRoute] = [WebSocketRoute("/v1/stream", stream)]

@@ -46,6 +46,8 @@ ROWS = {
     "audit_log": "insert into audit_log (tenant_id, actor, action, object) values (:t, 'test', 'test', 'test')",
     "jobs": """insert into jobs (tenant_id, id, options, fingerprint, blob_key, size_bytes)
                values (:t, :a, '{}', 'f', 'k', 1)""",
+    "tickets": """insert into tickets (tenant_id, digest, subject, scopes, token_id, token_expires_at, expires_at)
+                  values (:t, sha256('x'), 'anna', '{transcribe}', 'tok_x', 1, now())""",
     "job_chunks": """insert into job_chunks (tenant_id, job_id, chunk_no, start_ms, end_ms, language, segments, origin)
                      values (:t, :a, 0, 0, 1, 'en', '[]', '{}')""",
 }
@@ -53,10 +55,19 @@ ROWS = {
 # What the app role itself writes; the rest is the system role's to write.
 WRITTEN_BY_APP = (
     "revoked_tokens", "budget_windows", "sessions", "budget_holds", "usage_keys", "usage_ledger", "audit_log", "jobs",
-    "job_chunks",
+    "job_chunks", "tickets",
 )  # fmt: skip
 
-APPEND_ONLY = ("usage_ledger", "usage_keys", "audit_log", "policies", "price_book", "revoked_tokens", "issuers")
+APPEND_ONLY = (
+    "usage_ledger",
+    "usage_keys",
+    "audit_log",
+    "policies",
+    "price_book",
+    "revoked_tokens",
+    "issuers",
+    "tickets",
+)
 
 
 @pytest.fixture
@@ -240,7 +251,7 @@ async def test_another_tenants_keys_can_be_used_again(
     async with database.tenant(furnished.id) as tx:
         session = (await tx.execute(text("select id from sessions"))).scalar_one()
     async with database.tenant(other_tenant.id) as tx:
-        for table in ("sessions", "usage_keys", "jobs", "revoked_tokens"):
+        for table in ("sessions", "usage_keys", "jobs", "revoked_tokens", "tickets"):
             values = {"t": other_tenant.id, "a": session}
             await tx.execute(text(ROWS[table]), {name: v for name, v in values.items() if f":{name}" in ROWS[table]})
 

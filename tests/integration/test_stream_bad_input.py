@@ -27,7 +27,7 @@ TOO_BIG = bytes(256 * 1024 + 1)
 
 @pytest.fixture(scope="module")
 async def server(settings: Settings) -> AsyncIterator[Served]:
-    async with serving(settings, backend="scripted") as running:
+    async with serving(settings, backend="scripted", stream_frames_per_s=100_000) as running:  # some send single bytes
         yield running
     assert SEATS.taken == 0
 
@@ -35,7 +35,8 @@ async def server(settings: Settings) -> AsyncIterator[Served]:
 @pytest.fixture(scope="module")
 async def impatient(settings: Settings) -> AsyncIterator[Served]:
     """Waits for nothing longer than half a second, and takes its token from the address if need be."""
-    async with serving(settings, backend="scripted", stream_idle_s=0.5, token_in_url=True) as running:
+    changes: dict[str, Any] = {"stream_idle_s": 0.5, "token_in_url": True, "stream_frames_per_s": 100_000}
+    async with serving(settings, backend="scripted", **changes) as running:
         yield running
 
 

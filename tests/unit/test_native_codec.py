@@ -148,12 +148,12 @@ def test_the_address_says_the_same() -> None:
         'token=t&encoding=alaw&words=true&partials=0&hotwords=dog&hotwords=cat&vad={"silence_ms":300}&metadata={"a":"b"}'
     )
     codec = Native("req_1")
-    setup = codec.setup_of_query(query)
+    setup = codec.setup_of_query(query, {})
     assert setup is not None
     assert setup.wire == Wire("alaw", 8_000)
     assert (setup.options.words, setup.options.partials, setup.options.hotwords) == (True, False, ("dog", "cat"))
     assert (setup.options.vad.silence_ms, setup.demand.metadata) == (300, {"a": "b"})
-    assert Native("req_1").setup_of_query(QueryParams("token=t")) is None
+    assert Native("req_1").setup_of_query(QueryParams("token=t&ticket=u"), {}) is None
 
 
 def test_commands() -> None:

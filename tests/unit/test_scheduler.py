@@ -160,3 +160,25 @@ async def test_closing_refuses_what_waits_and_ends_what_runs() -> None:
     assert await held == "done"
     with pytest.raises(BackendUnavailable):
         await scheduler.run(lambda: 1)
+
+
+async def test_the_wait_of_live_work_goes_by_live_work(one: Scheduler) -> None:
+    assert one.wait_s == 0
+    gate, held = await hold(one)
+    batches = [asyncio.create_task(one.run(lambda: 1, urgency="batch")) for _ in range(4)]
+    await asyncio.sleep(0)
+    assert one.wait_s == 0  # batches stand behind
+    partials = [asyncio.create_task(one.run(lambda: 1, urgency="partial")) for _ in range(2)]
+    finals = [asyncio.create_task(one.run(lambda: 1, urgency="final")) for _ in range(2)]
+    await asyncio.sleep(0)
+    before = one.wait_s
+    assert before == 4.0  # four in front, of a second each as long as nothing is known
+    gate.open.set()
+    await asyncio.gather(held, *batches, *partials, *finals)
+    assert one.wait_s == 0
+    gate, held = await hold(one)
+    waiting = asyncio.create_task(one.run(lambda: 1, urgency="final"))
+    await asyncio.sleep(0)
+    assert 0 < one.wait_s < before / 4  # quick work has been measured meanwhile
+    gate.open.set()
+    await asyncio.gather(held, waiting)

@@ -106,6 +106,7 @@ def test_sensitive_names_are_dropped(written: Callable[[], str], name: str) -> N
         f"authorization: bearer {CANARY}",
         f"postgresql://app:{CANARY}@db/stenogate",
         f"GET /v1/stream?token={CANARY}&x=1",
+        f"GET /v1/stream?language=en&ticket={CANARY}",
         f"api_key={CANARY}",
         f"stenogate.v1, bearer.{JWT}",
     ],
