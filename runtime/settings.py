@@ -77,6 +77,15 @@ class Settings(BaseSettings):
 
     max_streams: int = Field(256, ge=1, description="Live streams in one process.")
     stream_idle_s: float = Field(60.0, gt=0, description="A live stream without any frame for so long is closed.")
+    stream_resume_s: float = Field(
+        60.0,
+        ge=0,
+        le=600,
+        description="A live session whose socket was lost waits so long to be resumed; 0: not at all.",
+    )
+    stream_drain_s: float = Field(
+        10.0, ge=0, le=600, description="On SIGTERM, live streams may go on for so long; then their finals are awaited."
+    )
     token_in_url: bool = Field(False, description="Allow `?token=` on the WebSocket (tokens then reach proxy logs).")
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")

@@ -27,7 +27,7 @@ TOO_BIG = bytes(256 * 1024 + 1)
 
 @pytest.fixture(scope="module")
 async def server(settings: Settings) -> AsyncIterator[Served]:
-    async with serving(settings, backend="scripted") as running:
+    async with serving(settings, backend="scripted", stream_resume_s=0.2) as running:
         yield running
     assert SEATS.taken == 0
 
@@ -138,7 +138,7 @@ async def test_a_full_process_says_when_to_come_back(settings: Settings) -> None
         ("vad.min_speech_ms", 2_001),
         ("vad.max_utterance_ms", 999),
         ("vad.colour", "red"),
-        ("resume_token", "x"),
+        ("last_seq", 1),
         ("colour", "red"),
     ],
 )
