@@ -53,8 +53,9 @@ async def converse(
         if opening is None:
             await frames.accept(subprotocol)
             opening = await _opening(frames, codec, min(START_S, house.idle_s))
+            house.roster.refuse_when_draining()
         if isinstance(opening, Resume):
-            session = _found(house.roster, opening, caller)
+            session = house.roster.find(opening.token, caller.tenant_id)
             seats.close()
             await _accepted(frames, subprotocol)
             await session.attach(frames, opening.last_seq)
@@ -85,10 +86,6 @@ async def _introduced(session: Session, frames: Frames, subprotocol: str | None)
     except BaseException:
         session.abandon()
         raise
-
-
-def _found(roster: Roster, resume: Resume, caller: Caller) -> Session:
-    return roster.find(resume.token, caller.tenant_id)
 
 
 async def _accepted(frames: Frames, subprotocol: str | None) -> None:

@@ -26,12 +26,12 @@ class Record:
     Keeps the latest messages, up to `KEPT_CHARACTERS` of them; none where `keep` is false.
     """
 
-    def __init__(self, *, keep: bool, seq: int = 0, kept: tuple[Kept, ...] = ()):
+    def __init__(self, *, keep: bool):
         self.frames: Frames | None = None
-        self.seq = seq
+        self.seq = 0
         self._keep = keep
-        self._kept = deque(kept)
-        self._size = sum(len(each.text) for each in kept)
+        self._kept: deque[Kept] = deque()
+        self._size = 0
         self._speaking = asyncio.Lock()
 
     @property

@@ -105,6 +105,7 @@ class Session:
         self._heard_already = 0  # bytes that a resumed client sends again
         self._stopped = self._draining = self._ended = self._over = False
         self._ending: StenogateError | None = None
+        self._farewell = (LEFT, "")
 
     async def run(self, door: Door, seats: ExitStack) -> None:
         """From admission to the last message. `seats` are held until everything is settled."""
@@ -138,7 +139,7 @@ class Session:
         Raises `ResumeFailed` and leaves all as it is, or `NotReading`.
         """
         if self._over or (last_seq is not None and not self._record.has_since(last_seq)):
-            raise ResumeFailed
+            raise (self._ending if last_seq is None else None) or ResumeFailed()
         self.token = secrets.token_urlsafe(32) if self._resume_s else None
         self._wait(None)
         try:
@@ -156,6 +157,8 @@ class Session:
 
     async def attend(self, frames: Frames) -> None:
         """Reads the attached socket until it is gone, another takes its place, or the session is over."""
+        if self._over:  # since it was attached
+            await frames.close(*self._farewell)
         if self._over or self._record.frames is not frames:
             return
         self._reader = reader = asyncio.create_task(self._listen(frames))
@@ -215,8 +218,10 @@ class Session:
             error = TakenOver()
             with suppress(NotReading):
                 await self._record.say(self._codec.error(error, fatal=True), again=self._codec.warning(error))
+            self._record.frames = None
             await former.close(close_code(error), error.code)
         self._record.frames = None
+        former.left.set()
 
     def _lose(self, *, purpose: bool) -> None:
         """The socket is gone. Without one, the session waits for another; not if its client has had enough of it."""
@@ -259,6 +264,7 @@ class Session:
         await self._close(close_code(error), reason_of(error))
 
     async def _close(self, code: int, reason: str = "") -> None:
+        self._farewell = (code, reason)
         if self._record.frames is not None:
             await self._record.frames.close(code, reason)
 

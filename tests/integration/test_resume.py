@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text
+from websockets.asyncio.client import connect
 
 from dispatchers.audio.decode import load
 from dispatchers.interface import Samples, to_ms
@@ -162,6 +163,29 @@ async def test_a_second_connection_takes_over(server: Served) -> None:
     assert_well_formed(heard + once(second))
     assert second.text == said
     assert second.events[-1]["billed_ms"] == to_ms(len(samples))
+
+
+async def test_a_connection_that_takes_nothing_any_more_does_not_hinder(server: Served) -> None:
+    token = server.token(await server.tenant())
+    headers = {"Authorization": f"Bearer {token}"}
+    address = server.url.replace("http", "ws", 1) + "/v1/stream"
+    question = json.dumps({"type": "ping", "id": "x" * 200})
+    async with connect(address, additional_headers=headers, compression=None, proxy=None, max_queue=1) as stuck:
+        await stuck.send(json.dumps({"type": "start"}))
+        ready = json.loads(await stuck.recv())
+        with pytest.raises(TimeoutError):  # the answers fill every buffer between us, then the server reads no more
+            async with asyncio.timeout(20):
+                while True:
+                    await asyncio.wait_for(asyncio.gather(*(stuck.send(question) for _ in range(500))), 0.3)
+        async with talking(server, token) as talk:  # more was said than is kept, and little was heard of it
+            await talk.say("start", resume_token=ready["resume_token"], last_seq=1)
+            assert await talk.end() == (4410, "RESUME_FAILED")
+        (session,) = server.gateway.roster._sessions.values()
+        async with talking(server, token) as talk:
+            await resumed(talk, [{**ready, "seq": session._record.seq}], ready["resume_token"])
+            await talk.say("stop")
+            assert await talk.end() == (1000, "")
+        stuck.transport.abort()
 
 
 async def failed(server: Served, token: str, resume_token: str, seq: int = 1) -> None:
