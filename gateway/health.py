@@ -23,10 +23,12 @@ async def livez(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """503 while Postgres cannot be reached. The models' states are told, and do not decide: an engine that loads or is
-    down elsewhere is no reason to take every gateway out."""
+    """503 while Postgres cannot be reached, and once the process has been asked to end. The models' states are
+    told, and do not decide: an engine that loads or is down elsewhere is no reason to take every gateway out."""
     gateway = gateway_of(request)
     models = {card.name: card.status for card in gateway.catalogue()}
+    if gateway.roster.draining:
+        return JSONResponse({"status": "draining", "checks": {"models": models}}, 503, {"retry-after": "5"})
     try:
         async with asyncio.timeout(PING_S):
             await gateway.resources.database.ping()

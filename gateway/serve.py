@@ -10,9 +10,10 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -52,16 +53,35 @@ def serve(settings: Settings, announce: Callable[[Announcement], None]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """A uvicorn server that says when it is listening."""
+    """A uvicorn server that says when it is listening, and sends its live streams off before it closes them: uvicorn by
+    itself closes every WebSocket as soon as it is asked to end. Asked a second time it ends at once."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None], leave: Callable[[], Awaitable[None]]):
         super().__init__(config)
         self._started = started
+        self._leave = leave
+        self._loop = asyncio.get_running_loop()
+        self._leaving: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._started()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._loop.call_soon_threadsafe(self._asked_to_end)
+
+    def _asked_to_end(self) -> None:
+        if self._leaving is None:
+            self._leaving = asyncio.create_task(self._end())
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def _end(self) -> None:
+        try:
+            await self._leave()
+        finally:
+            self.should_exit = True
 
 
 async def _serve(
@@ -72,7 +92,11 @@ async def _serve(
         host, port = listener.getsockname()[:2]
         announcement = Announcement(f"http://{host}:{port}", gateway.door.offers()[0].models[0], note, token)
         with _announced(settings, announcement):
-            await _Server(uvicorn_config(gateway), lambda: announce(announcement)).serve(sockets=[listener])
+            await _Server(
+                uvicorn_config(gateway),
+                started=lambda: announce(announcement),
+                leave=lambda: gateway.roster.drain(settings.stream_drain_s),
+            ).serve(sockets=[listener])
 
 
 @asynccontextmanager
@@ -88,6 +112,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str |
         gateway = Gateway(
             settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue, opened.queue_wait_s
         )
+        stack.push_async_callback(gateway.roster.aclose)
         yield gateway, opened.model_note
 
 

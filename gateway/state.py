@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 
 from dispatchers.dispatch import Door
 from gateway.decoding import Decoder
+from gateway.live.roster import Roster
 from policy.identity import Authenticator
 from runtime.resources import Resources
 from runtime.settings import Settings
@@ -32,6 +33,7 @@ class Gateway:
     catalogue: Callable[[], tuple[ModelCard, ...]]
     queue_wait_s: Callable[[], float]
     decoder: Decoder = field(default_factory=Decoder)
+    roster: Roster = field(default_factory=Roster)
 
 
 def gateway_of(connection: HTTPConnection) -> Gateway:

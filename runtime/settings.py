@@ -87,6 +87,15 @@ class Settings(BaseSettings):
         500, ge=10, le=100_000, description="Frames taken from one live stream; a faster sender is held back."
     )
     stream_idle_s: float = Field(60.0, gt=0, description="A live stream without any frame for so long is closed.")
+    stream_resume_s: float = Field(
+        60.0,
+        ge=0,
+        le=600,
+        description="A live session whose socket was lost waits so long to be resumed; 0: not at all.",
+    )
+    stream_drain_s: float = Field(
+        10.0, ge=0, le=600, description="On SIGTERM, live streams may go on for so long; then their finals are awaited."
+    )
     token_in_url: bool = Field(False, description="Allow `?token=` on the WebSocket (tokens then reach proxy logs).")
     origins: Annotated[frozenset[str] | None, NoDecode] = Field(
         None,

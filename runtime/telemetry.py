@@ -202,6 +202,7 @@ AUTH_FAILURES = _counter("auth_failures", "Tokens that were not accepted, by err
 
 LIVE_STREAMS = _gauge("live_streams", "Live streams now open.", "protocol")
 STREAMS_ENDED = _counter("streams_ended", "Live streams ended, by WebSocket close code.", "protocol", "code")
+STREAM_RESUMES = _counter("stream_resumes", "Live sessions asked for again, by outcome.", "outcome")
 STREAM_SECONDS = _counter("stream_seconds", "Seconds of live audio accepted.", "protocol")
 UTTERANCES = _counter("utterances", "Utterances of live streams that got their final.")
 FIRST_PARTIAL_SECONDS = _histogram(

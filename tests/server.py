@@ -129,6 +129,7 @@ async def serving(settings: Settings, *, recogniser: Dispatcher | None = None, *
         gateway = Gateway(
             resources.settings, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s
         )
+        stack.push_async_callback(gateway.roster.aclose)
         yield Served(gateway, await stack.enter_async_context(_listening(gateway)))
 
 

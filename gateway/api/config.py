@@ -14,7 +14,7 @@ from dispatchers.dispatch import Door
 from gateway.auth import SUBPROTOCOL
 from gateway.live.frames import MAX_FRAME_BYTES
 from gateway.live.intake import AHEAD_MS
-from gateway.live.session import START_S
+from gateway.live.reception import START_S
 from gateway.state import gateway_of
 from policy import tickets
 from runtime.settings import Settings

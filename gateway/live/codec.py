@@ -25,6 +25,26 @@ class Setup:
 
 
 @dataclass(frozen=True, slots=True)
+class Resume:
+    """Asks for a session that was opened before, after whose message `last_seq` nothing was heard."""
+
+    token: str
+    last_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a session stands when a socket is attached to it, and how to come back to it. `token` None: there is no
+    coming back."""
+
+    idle_s: float
+    token: str | None
+    resumed: bool = False
+    resend_from_ms: int = 0
+    accepted_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """No more audio."""
 
@@ -59,11 +79,17 @@ class Codec(Protocol):
         """The protocol's, for figures."""
         ...
 
+    def resume(self, text: str) -> Resume | None:
+        """None where the first frame asks for no session that was before: then it is its `setup`."""
+        ...
+
     def setup(self, text: str) -> Setup: ...
     def command(self, text: str) -> Command: ...
-    def ready(self, live: Live, setup: Setup, idle_s: float) -> Message: ...
+    def ready(self, live: Live, setup: Setup, standing: Standing) -> Message: ...
     def event(self, event: Event) -> Message | None: ...
     def pong(self, ping: Ping, accepted_ms: int) -> Message: ...
     def metrics(self, latency: Latency, intake: Intake) -> Message: ...
+    def draining(self, token: str | None, deadline_s: float, reconnect_after_s: float) -> Message: ...
+    def warning(self, error: StenogateError) -> Message: ...
     def error(self, error: StenogateError, *, fatal: bool) -> Message: ...
     def closed(self, live: Live, reason: str) -> Message: ...

@@ -1,15 +1,15 @@
-"""One WebSocket with this product's manners: bounded frames, numbered messages, a peer that must read.
+"""One WebSocket with this product's manners: bounded frames, a peer that must read.
 
 LiveError
 ├── Idle · SessionTooLong                                              time
 ├── UnsupportedFrame · Undecodable · UnknownMessage · MessageTooBig    what was sent
-└── NotReading                                                         what was not taken
+├── NotReading                                                         what was not taken
+└── Restarting · TakenOver · ResumeFailed                              the session is, or is wanted, elsewhere
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from runtime.errors import StenogateError
 MAX_FRAME_BYTES = 256 * 1024
 SEND_S = 10.0
 CLOSE_S = 1.0
+LEFT = 1000
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -72,23 +73,46 @@ class NotReading(LiveError):
     code = "NOT_READING"
 
 
+class Restarting(LiveError):
+    """The gateway is being restarted. Resume the session, or open another, in a moment."""
+
+    code = "RESTARTING"
+    retryable = True
+
+
+class TakenOver(LiveError):
+    """The session was resumed on another connection."""
+
+    code = "SESSION_TAKEN_OVER"
+
+
+class ResumeFailed(LiveError):
+    """There is no session to resume: the token is unknown or used, or it is too late. Open another session."""
+
+    code = "RESUME_FAILED"
+
+
 class Gone(Exception):
-    """The peer has left."""
+    """The peer has left: on `purpose` (close 1000), or its connection broke."""
+
+    def __init__(self, *, purpose: bool = False):
+        super().__init__()
+        self.purpose = purpose
 
 
 class Frames:
-    """Frames in, numbered messages out; several tasks may send.
+    """Frames in, messages out, one sender at a time.
 
     Once the peer is known to be gone, or not to read, sending does nothing: what is under way finishes for the record.
     """
 
     def __init__(self, websocket: WebSocket, *, pace: Pace, send_s: float = SEND_S):
         self.gone = False
+        self.left = asyncio.Event()  # nothing more is to be done with it
         self._websocket = websocket
         self._pace = pace
         self._send_s = send_s
-        self._sent = 0
-        self._sending = asyncio.Lock()
+        self._sending: asyncio.Timeout | None = None
 
     @property
     def accepted(self) -> bool:
@@ -112,7 +136,8 @@ class Frames:
             raise Idle from None
         if message["type"] == "websocket.disconnect":
             self.gone = True
-            raise Gone
+            self.left.set()
+            raise Gone(purpose=message.get("code") == LEFT)
         frame: str | bytes | None = message.get("bytes")
         frame = frame if frame is not None else message.get("text")
         if frame is None:
@@ -121,22 +146,27 @@ class Frames:
             raise MessageTooBig
         return frame
 
-    async def say(self, message: Message) -> None:
-        """Sends the message with the next number. Raises `NotReading` when it cannot be got rid of."""
-        async with self._sending:
-            if self.gone:
-                return
-            numbered = {"type": message["type"], "seq": self._sent + 1, **message}
-            try:
-                async with asyncio.timeout(self._send_s):
-                    await self._websocket.send_text(json.dumps(numbered, ensure_ascii=False, separators=(",", ":")))
-            except TimeoutError:
+    async def send(self, text: str) -> None:
+        """Raises `NotReading` when it cannot be got rid of."""
+        if self.gone:
+            return
+        try:
+            async with asyncio.timeout(self._send_s) as self._sending:
+                await self._websocket.send_text(text)
+        except TimeoutError:
+            if not self.gone:
                 self.gone = True
                 raise NotReading from None
-            except (WebSocketDisconnect, OSError, RuntimeError):
-                self.gone = True
-            else:
-                self._sent += 1
+        except (WebSocketDisconnect, OSError, RuntimeError):
+            self.gone = True
+        finally:
+            self._sending = None
+
+    def give_up(self) -> None:
+        """Waits no longer for a peer that does not take what is being sent."""
+        if self._sending is not None:
+            self.gone = True
+            self._sending.reschedule(0)
 
     async def close(self, code: int, reason: str = "") -> None:
         """Says why, where the peer can still hear it."""
@@ -145,6 +175,8 @@ class Frames:
                 await self._websocket.close(code, reason)
         except (TimeoutError, WebSocketDisconnect, OSError, RuntimeError):
             self.gone = True
+        finally:
+            self.left.set()
 
     async def deny(self, error: StenogateError, request_id: str) -> None:
         """Refuses the upgrade with an HTTP status and a problem (ASGI's `websocket.http.response`)."""

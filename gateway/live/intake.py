@@ -50,6 +50,10 @@ class Intake:
         """Audio taken, on the session's sample clock."""
         return to_ms(self._taken_samples)
 
+    def beyond(self, ms: int) -> int:
+        """How many bytes have been received beyond `ms` of the sender's clock."""
+        return max(0, self.received_bytes - ms * self._wire.rate // 1000 * self._wire.sample_bytes)
+
     async def put(self, item: Received) -> None:
         """Waits while too much is waiting already."""
         while self.lag_ms >= AHEAD_MS or len(self._waiting) >= MESSAGES_AHEAD:

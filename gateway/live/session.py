@@ -1,28 +1,44 @@
-"""One live session: a socket on one side, the door on the other.
+"""One live session: the door on one side, on the other whichever socket is attached to it.
 
-Two tasks share it. One reads the socket and never waits for recognition, except where 30 s of audio wait already; then
-it does not read on, which the sender feels as back-pressure. (The server's own keep-alive must then not count missing
-pongs: they stand behind the audio.) The other passes events on. Whatever ends a session ends its input only: what was
-heard is still transcribed, told and settled, within a deadline; then comes the reason.
+The session is a task of its own, which passes events on. Each socket has a reader, which never waits for recognition,
+except where 30 s of audio wait already; then it does not read on, which the sender feels as back-pressure. (The
+server's own keep-alive must then not count missing pongs: they stand behind the audio.) A socket that is lost leaves
+the session waiting for another; whatever ends the session ends its input only: what was heard is still transcribed,
+told and settled, within a deadline; then comes the reason.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import traceback
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from uuid import UUID
 
 import structlog
 
 from dispatchers.dispatch import Door, Live
 from dispatchers.errors import BackendTimeout, Overloaded
-from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Pcm, StreamInput
+from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Gap, Pcm, StreamInput
 from gateway.errors import close_code, known
-from gateway.live.codec import Codec, Metrics, Ping, Setup, Stop, Unknown
-from gateway.live.frames import Frames, Gone, Idle, Message, SessionTooLong, UnknownMessage
+from gateway.live.codec import Codec, Metrics, Ping, Setup, Standing, Stop, Unknown
+from gateway.live.frames import (
+    LEFT,
+    Frames,
+    Gone,
+    Idle,
+    Message,
+    NotReading,
+    Restarting,
+    ResumeFailed,
+    SessionTooLong,
+    TakenOver,
+    UnknownMessage,
+)
 from gateway.live.intake import Intake, Received
 from gateway.live.latency import Latency
+from gateway.live.record import Record
 from policy.errors import Invalid
 from policy.identity import Caller
 from runtime.errors import StenogateError
@@ -37,8 +53,7 @@ from runtime.telemetry import (
 
 log = structlog.get_logger()
 
-NORMAL, GOING_AWAY = 1000, 1001
-START_S = 10.0
+GOING_AWAY = 1001
 DRAIN_S = 120.0
 FULL_RETRY_S = 5
 
@@ -64,100 +79,212 @@ class Seats:
 SEATS = Seats()
 
 
-async def converse(
-    frames: Frames,
-    door: Door,
-    caller: Caller,
-    codec: Codec,
-    setup: Setup | None,
-    *,
-    subprotocol: str | None,
-    idle_s: float,
-) -> None:
-    """Holds one session from the upgrade to the close. Without a `setup` its first text frame says it.
-
-    Raises a `StenogateError` only where the upgrade is still to be refused.
-    """
-    code = NORMAL
-    try:
-        if setup is None:
-            await frames.accept(subprotocol)
-            setup = await _opening(frames, codec, min(START_S, idle_s))
-        with LIVE_STREAMS.labels(codec.name).track_inprogress():
-            await Session(frames, codec, setup, idle_s).run(door, caller, subprotocol)
-    except Gone:
-        code = GOING_AWAY
-    except Exception as exc:  # noqa: BLE001 — the last stop: every failure has a code and reaches its caller
-        error = _admitted(exc)
-        if not frames.accepted:
-            raise error from None
-        code = close_code(error)
-        await _tell(frames, codec, error)
-    STREAMS_ENDED.labels(codec.name, GOING_AWAY if frames.gone else code).inc()
-
-
 class Session:
-    """An opened session's state."""
+    """An opened session's state. `resume_s` is how long it waits for a lost client; 0: not at all."""
 
-    def __init__(self, frames: Frames, codec: Codec, setup: Setup, idle_s: float):
-        self._frames = frames
+    def __init__(self, codec: Codec, setup: Setup, caller: Caller, *, idle_s: float, resume_s: float):
+        self.tenant_id: UUID = caller.tenant_id
+        self.token: str | None = None
+        self._caller = caller
         self._codec = codec
         self._setup = setup
         self._idle_s = idle_s
+        self._resume_s = resume_s
+        self._record = Record(keep=resume_s > 0)
         self._intake = Intake(setup.wire)
         self._latency = Latency()
         self._loop = asyncio.get_running_loop()
-        self._longest_ms = 0
-        self._known = asyncio.Event()  # how long this session may be
-        self._deadline = asyncio.timeout(None)
-        self._stopped = False
+        self._live: Live | None = None
+        self._refusal: StenogateError | None = None
+        self._decided = asyncio.Event()  # whether this session was let in, and how long it may be
+        self._until = self._longest_ms = 0.0
+        self._deadline: asyncio.Timeout | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._waiting: asyncio.TimerHandle | None = None  # for a lost client, or for the end of a drain
+        self._answered_ms = 0
+        self._heard_already = 0  # bytes that a resumed client sends again
+        self._stopped = self._draining = self._ended = self._over = False
         self._ending: StenogateError | None = None
+        self._farewell = (LEFT, "")
 
-    async def run(self, door: Door, caller: Caller, subprotocol: str | None) -> None:
-        """From admission to `closed`. Raises what ended the session otherwise."""
+    async def run(self, door: Door, seats: ExitStack) -> None:
+        """From admission to the last message. `seats` are held until everything is settled."""
+        code = LEFT
         try:
-            live = await self._recognise(door, caller, subprotocol)
+            with seats, LIVE_STREAMS.labels(self._codec.name).track_inprogress():
+                live = await self._recognise(door)
+            await self._say(self._codec.closed(live, "stop"))
+            await self._close(LEFT)
+        except Exception as exc:  # noqa: BLE001 — the last stop: every failure has a code and reaches its caller
+            error = admitted(exc)
+            if self._live is None:
+                self._refusal = error
+                return
+            code = close_code(error)
+            await self._tell(error)
+        finally:
+            self._leave_behind()
+        gone = self._record.frames is None or self._record.frames.gone
+        STREAMS_ENDED.labels(self._codec.name, GOING_AWAY if gone else code).inc()
+
+    async def opened(self) -> None:
+        """Waits for admission. Raises its refusal."""
+        await self._decided.wait()
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def attach(self, frames: Frames, last_seq: int | None = None) -> None:
+        """Gives the session another socket, the first one with no `last_seq`. The one before is told.
+
+        Raises `ResumeFailed` and leaves all as it is, or `NotReading`.
+        """
+        if self._over or (last_seq is not None and not self._record.has_since(last_seq)):
+            raise (self._ending if last_seq is None else None) or ResumeFailed()
+        self.token = secrets.token_urlsafe(32) if self._resume_s else None
+        self._wait(None)
+        try:
+            await self._dismiss()
+            resumed = last_seq is not None
+            self._heard_already = self._intake.beyond(self._answered_ms) if resumed else 0
+            standing = Standing(
+                self._idle_s, self.token, resumed, self._answered_ms if resumed else 0, self._intake.taken_ms
+            )
+            assert self._live is not None  # noqa: S101 — `opened` was awaited
+            await self._record.attach(frames, self._codec.ready(self._live, self._setup, standing), last_seq)
+        except BaseException:
+            self._lose(purpose=False)
+            raise
+
+    async def attend(self, frames: Frames) -> None:
+        """Reads the attached socket until it is gone, another takes its place, or the session is over."""
+        if self._over:  # since it was attached
+            await frames.close(*self._farewell)
+        if self._over or self._record.frames is not frames:
+            return
+        self._reader = reader = asyncio.create_task(self._listen(frames))
+        try:
+            await frames.left.wait()
+        finally:
+            reader.cancel()
+            if self._record.frames is frames and not self._over:
+                self._lose(purpose=False)
+
+    def abandon(self) -> None:
+        """There will be no socket."""
+        self._end(None)
+
+    async def drain(self, speak_s: float, reconnect_after_s: float) -> None:
+        """Lets the client speak on for so long, and tells it; then the session ends, `RESTARTING`."""
+        self._draining = True
+        if self._ended:
+            return
+        if self._record.frames is None:
+            self._end(Restarting())
+            return
+        self._wait(speak_s)
+        message = self._codec.draining(self.token, speak_s, reconnect_after_s)
+        await self._send(message, again=self._codec.warning(Restarting()))
+
+    # --- its life ---
+
+    async def _recognise(self, door: Door) -> Live:
+        setup = self._setup
+        try:
+            async with door.stream(
+                self._caller, setup.demand, setup.options, self._audio(), hang_up=self._intake.end
+            ) as live:
+                structlog.contextvars.bind_contextvars(session_id=str(live.session_id))
+                self._live = live
+                self._longest_ms = live.policy.body.max_stream_ms
+                self._until = self._loop.time() + self._longest_ms / 1000
+                self._decided.set()
+                await self._pass_on(live)
+                if self._ending is not None:
+                    raise self._ending
         finally:
             STREAM_SECONDS.labels(self._codec.name).inc(self._intake.taken_ms / 1000)
-        await self._frames.say(self._codec.closed(live, "stop"))
-        await self._frames.close(NORMAL)
-
-    async def _recognise(self, door: Door, caller: Caller, subprotocol: str | None) -> Live:
-        setup = self._setup
-        async with door.stream(caller, setup.demand, setup.options, self._audio(), hang_up=self._intake.end) as live:
-            structlog.contextvars.bind_contextvars(session_id=str(live.session_id))
-            if not self._frames.accepted:
-                await self._frames.accept(subprotocol)
-            await self._frames.say(self._codec.ready(live, setup, self._idle_s))
-            self._longest_ms = live.policy.body.max_stream_ms
-            self._known.set()
-            reader = asyncio.create_task(self._listen())
-            try:
-                await self._pass_on(live)
-            finally:
-                reader.cancel()
-                await asyncio.wait({reader})
-            if self._ending is not None:
-                raise self._ending
         return live
+
+    async def _dismiss(self) -> None:
+        """The socket before, if any, is told and read no further: nothing of it can come any more."""
+        former, reader = self._record.frames, self._reader
+        if reader is not None:
+            reader.cancel()
+            await asyncio.wait({reader})
+        if former is None:
+            return
+        former.give_up()
+        if not former.gone:
+            error = TakenOver()
+            with suppress(NotReading):
+                await self._record.say(self._codec.error(error, fatal=True), again=self._codec.warning(error))
+            self._record.frames = None
+            await former.close(close_code(error), error.code)
+        self._record.frames = None
+        former.left.set()
+
+    def _lose(self, *, purpose: bool) -> None:
+        """The socket is gone. Without one, the session waits for another; not if its client has had enough of it."""
+        if self._ended:
+            return
+        if self._draining:
+            self._end(Restarting())
+        elif purpose or not self._resume_s:
+            self._end(None)
+        else:
+            self._record.frames = None
+            self._wait(self._resume_s)
+
+    def _wait(self, seconds: float | None) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._waiting = None if seconds is None else self._loop.call_later(seconds, self._lapse)
+
+    def _lapse(self) -> None:
+        if not self._ended:
+            self._end(Restarting() if self._draining else None)
+
+    def _leave_behind(self) -> None:
+        self._over, self.token = True, None
+        self._wait(None)
+        self._decided.set()
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._record.frames is not None:
+            self._record.frames.left.set()
+
+    async def _say(self, message: Message) -> None:
+        with suppress(NotReading):
+            await self._record.say(message)
+
+    async def _tell(self, error: StenogateError) -> None:
+        message = self._codec.error(error, fatal=True)
+        with suppress(NotReading):
+            await self._record.say(message, again=self._codec.warning(error))
+        await self._close(close_code(error), reason_of(error))
+
+    async def _close(self, code: int, reason: str = "") -> None:
+        self._farewell = (code, reason)
+        if self._record.frames is not None:
+            await self._record.frames.close(code, reason)
 
     # --- in ---
 
-    async def _listen(self) -> None:
-        """Reads until the session ends or something ends its input."""
-        until = self._loop.time() + self._longest_ms / 1000
+    async def _listen(self, frames: Frames) -> None:
+        """Reads until the socket is gone, or it is cancelled: an error is told when what was heard is answered."""
         try:
             while True:
-                await self._take(await self._next(until))
-        except Gone:  # an end of the input like another
-            self._end(None)
-        except Exception as exc:  # noqa: BLE001 — not swallowed: raised once what was heard is answered
-            self._end(_admitted(exc))
+                await self._take(await self._next(frames))
+        except Gone as gone:
+            self._lose(purpose=gone.purpose)
+        except Exception as exc:  # noqa: BLE001 — not swallowed: it is why the session ends
+            self._end(admitted(exc))
+            await asyncio.Event().wait()
 
-    async def _next(self, until: float) -> str | bytes:
-        left = max(0.0, until - self._loop.time())
+    async def _next(self, frames: Frames) -> str | bytes:
+        left = max(0.0, self._until - self._loop.time())
         try:
-            return await self._frames.receive(None if self._stopped else min(self._idle_s, left))
+            return await frames.receive(None if self._stopped else min(self._idle_s, left))
         except Idle:
             if left <= self._idle_s:
                 raise SessionTooLong from None
@@ -172,9 +299,9 @@ class Session:
                 self._stopped = True
                 self._end(None)
             case Ping() as ping:
-                await self._frames.say(self._codec.pong(ping, self._intake.taken_ms))
+                await self._record.say(self._codec.pong(ping, self._intake.taken_ms))
             case Metrics():
-                await self._frames.say(self._codec.metrics(self._latency, self._intake))
+                await self._record.say(self._codec.metrics(self._latency, self._intake))
             case Unknown(name):
                 await self._complain(UnknownMessage(f"There is no message type `{name}`."))
 
@@ -182,24 +309,33 @@ class Session:
         if self._stopped:
             await self._complain(Invalid("This came after `stop` and was not accepted."))
             return
+        if isinstance(item, bytes) and self._heard_already:
+            known = min(self._heard_already, len(item))
+            self._heard_already -= known
+            item = item[known:]
+            if not item:
+                return
         await self._intake.put(item)
         if isinstance(item, bytes):
             self._latency.received(self._intake.received_ms, self._loop.time())
 
     async def _complain(self, error: StenogateError) -> None:
-        await self._frames.say(self._codec.error(error, fatal=False))
+        await self._record.say(self._codec.error(error, fatal=False))
 
     def _end(self, reason: StenogateError | None) -> None:
         """No more input. The first reason counts; what was heard has `DRAIN_S` to become text."""
+        if self._over:
+            return
+        self._ended = True
         self._ending = self._ending or reason
         self._intake.end()
-        if self._deadline.when() is None:
+        if self._deadline is not None and self._deadline.when() is None:
             self._deadline.reschedule(self._loop.time() + DRAIN_S)
 
     async def _audio(self) -> AsyncIterator[StreamInput]:
         """What the recogniser pulls: everything received, up to the longest session."""
-        await self._known.wait()
-        room = self._longest_ms * SAMPLES_PER_MS
+        await self._decided.wait()
+        room = int(self._longest_ms) * SAMPLES_PER_MS
         async for item in self._intake.items():
             if not isinstance(item, Pcm):
                 yield item
@@ -216,7 +352,7 @@ class Session:
     async def _pass_on(self, live: Live) -> None:
         """Every event to its end. Raises `BackendTimeout` when the end does not come."""
         try:
-            async with self._deadline:
+            async with asyncio.timeout(DRAIN_S if self._ended else None) as self._deadline:
                 async for event in live.events:
                     self._note(event)
                     message = self._codec.event(event)
@@ -225,11 +361,13 @@ class Session:
         except TimeoutError:
             raise BackendTimeout from None
         except Exception as exc:  # noqa: BLE001 — inside the door it must be one of ours, which it records
-            raise _admitted(exc) from None
+            raise admitted(exc) from None
+        finally:
+            self._ended, self._deadline = True, None
 
-    async def _send(self, message: Message) -> None:
+    async def _send(self, message: Message, *, again: Message | None = None) -> None:
         try:
-            await self._frames.say(message)
+            await self._record.say(message, again=again)
         except StenogateError as error:  # it does not read: the record is finished without it
             self._end(error)
 
@@ -241,25 +379,16 @@ class Session:
                 FINAL_SECONDS.observe(ms / 1000)
         if isinstance(event, Final):
             UTTERANCES.inc()
+        if isinstance(event, Final | Gap):
+            self._answered_ms = max(self._answered_ms, event.end_ms)
 
 
-async def _opening(frames: Frames, codec: Codec, timeout_s: float) -> Setup:
-    frame = await frames.receive(timeout_s)
-    if isinstance(frame, bytes):
-        raise Invalid("Audio came before `start`, and the address carries no fields of it.")
-    return codec.setup(frame)
+def reason_of(error: StenogateError) -> str:
+    """Of a close: the seconds to wait where they are known, else the code."""
+    return str(error.retry_after_s) if error.retry_after_s is not None else error.code
 
 
-async def _tell(frames: Frames, codec: Codec, error: StenogateError) -> None:
-    try:
-        await frames.say(codec.error(error, fatal=True))
-    except StenogateError:
-        log.info("stream.unread", code=error.code)
-    reason = str(error.retry_after_s) if error.retry_after_s is not None else error.code
-    await frames.close(close_code(error), reason)
-
-
-def _admitted(exc: Exception) -> StenogateError:
+def admitted(exc: Exception) -> StenogateError:
     """The failure as one of ours. What nobody foresaw is logged by kind and place: its message may quote a text."""
     error = known(exc)
     if error is not exc:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 from starlette.datastructures import QueryParams
@@ -13,11 +13,13 @@ from dispatchers.audio.live import Encoding, Wire
 from dispatchers.audio.resample import RATES_HZ
 from dispatchers.interface import Options, VadOptions
 from dispatchers.languages import NAMES
-from gateway.live.codec import Setup
+from gateway.live.codec import Resume, Setup
 from policy.errors import Invalid
 from policy.resolve import Demand, Preference
 
 _NO_NUL = r"^[^\x00]*$"  # which Postgres cannot store
+
+Form = TypeVar("Form", bound=BaseModel)
 
 Hotword = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=_NO_NUL)]
@@ -101,11 +103,31 @@ class Start(BaseModel):
         return Setup(demand, options, self.wire)
 
 
+class _Resume(BaseModel):
+    """The first frame, or the query string, of one who comes back."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["start"] = "start"
+    resume_token: str = Field(min_length=1, max_length=256)
+    last_seq: int = Field(ge=0)
+
+
+def resume_of_frame(fields: Mapping[str, Any]) -> Resume | None:
+    """None where it carries no `resume_token`. Raises `Invalid`, which names the field."""
+    return _resume(fields, strict=True)
+
+
+def resume_of_query(query: QueryParams) -> Resume | None:
+    """The same."""
+    return _resume({name: query[name] for name in query if name not in _CREDENTIALS}, strict=False)
+
+
 def start_of_frame(fields: Mapping[str, Any]) -> Start:
     """Raises `Invalid`, which names the field."""
     if fields.get("type") != "start":
         raise Invalid("The first text frame must be `start`.", param="type")
-    return _start(fields, strict=True)
+    return _read(Start, fields, strict=True)
 
 
 def start_of_query(query: QueryParams, fixed: Mapping[str, Any]) -> Start | None:
@@ -115,19 +137,26 @@ def start_of_query(query: QueryParams, fixed: Mapping[str, Any]) -> Start | None
     if taken := next((name for name in names if name in fixed), None):
         raise Invalid(f"`{taken}` was fixed when the ticket was made.", param=taken)
     fields = {name: _query_value(query, name) for name in names} | dict(fixed)
-    return _start(fields, strict=False) if fields else None
+    return _read(Start, fields, strict=False) if fields else None
 
 
 def fixed_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `start` for a ticket to fix, checked. Raises `Invalid`, which names the field."""
-    _start(fields, strict=True)
+    _read(Start, fields, strict=True)
     return {name: value for name, value in fields.items() if name != "type"}
 
 
-def _start(fields: Mapping[str, Any], *, strict: bool) -> Start:
+def _resume(fields: Mapping[str, Any], *, strict: bool) -> Resume | None:
+    if fields.get("resume_token") is None:
+        return None
+    read = _read(_Resume, fields, strict=strict)
+    return Resume(read.resume_token, read.last_seq)
+
+
+def _read(form: type[Form], fields: Mapping[str, Any], *, strict: bool) -> Form:
     try:
         # as JSON, in which a strict tuple may come as a list
-        return Start.model_validate_json(json.dumps(fields), strict=strict)
+        return form.model_validate_json(json.dumps(fields), strict=strict)
     except ValidationError as error:
         raise _refusal(error) from None
 

@@ -1,6 +1,6 @@
 """`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/stream.md).
 
-Resume is not offered yet: `ready` carries a null `resume_token`. `metrics` tells no dropped partials: the recogniser
+`metrics` tells no dropped partials: the recogniser
 does not count them.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 from starlette.datastructures import QueryParams
@@ -32,14 +33,14 @@ from dispatchers.interface import (
 )
 from gateway.auth import SUBPROTOCOL, bearer_token, caller_of, ticket_holder
 from gateway.errors import known
-from gateway.live.codec import Command, Metrics, Ping, Setup, Stop, Unknown
-from gateway.live.entrance import let_in
+from gateway.live.codec import Command, Metrics, Ping, Resume, Setup, Standing, Stop, Unknown
+from gateway.live.entrance import check_origin, let_in
 from gateway.live.frames import MAX_FRAME_BYTES, SEND_S, Frames, Message, Undecodable
 from gateway.live.intake import AHEAD_MS, Intake
 from gateway.live.latency import Latency
 from gateway.live.pace import Pace
-from gateway.live.session import converse
-from gateway.protocols.native_start import Start, start_of_frame, start_of_query
+from gateway.live.reception import House, converse
+from gateway.protocols.native_start import Start, resume_of_frame, resume_of_query, start_of_frame, start_of_query
 from gateway.state import gateway_of, request_id_of
 from policy.errors import Invalid
 from policy.identity import Caller
@@ -59,6 +60,9 @@ class Native:
         self._start = Start()
 
     # --- frames to commands ---
+
+    def resume(self, text: str) -> Resume | None:
+        return resume_of_frame(_object(text))
 
     def setup(self, text: str) -> Setup:
         return self._opened(start_of_frame(_object(text)))
@@ -92,13 +96,13 @@ class Native:
 
     # --- events to frames ---
 
-    def ready(self, live: Live, setup: Setup, idle_s: float) -> Message:
+    def ready(self, live: Live, setup: Setup, standing: Standing) -> Message:
         return {
             "type": "ready",
             "session_id": show("sess", live.session_id),
-            "resumed": False,
-            "resend_from_ms": 0,
-            "resume_token": None,
+            "resumed": standing.resumed,
+            "resend_from_ms": standing.resend_from_ms,
+            "resume_token": standing.token,
             "backend": live.origin.backend,
             "engine": live.origin.engine,
             "model": live.origin.model,
@@ -108,10 +112,10 @@ class Native:
             "limits": {
                 "frame_bytes": MAX_FRAME_BYTES,
                 "ahead_ms": AHEAD_MS,
-                "idle_ms": round(idle_s * 1000),
+                "idle_ms": round(standing.idle_s * 1000),
                 "session_ms": live.policy.body.max_stream_ms,
             },
-            "accepted_ms": 0,
+            "accepted_ms": standing.accepted_ms,
         }
 
     def event(self, event: Event) -> Message | None:
@@ -148,6 +152,17 @@ class Native:
             "first_partial_ms": _spread(latency.first_partial),
             "final_ms": _spread(latency.final),
         }
+
+    def draining(self, token: str | None, deadline_s: float, reconnect_after_s: float) -> Message:
+        return {
+            "type": "draining",
+            "resume_token": token,
+            "deadline_ms": round(deadline_s * 1000),
+            "reconnect_after_ms": round(reconnect_after_s * 1000),
+        }
+
+    def warning(self, error: StenogateError) -> Message:
+        return {"type": "warning", "code": error.code, "message": error.message}
 
     def error(self, error: StenogateError, *, fatal: bool) -> Message:
         return _error(error.code, error.message, retryable=error.retryable, fatal=fatal)
@@ -251,19 +266,25 @@ async def stream(websocket: WebSocket) -> None:
     settings = gateway.settings
     frames = Frames(websocket, send_s=min(SEND_S, settings.stream_idle_s), pace=Pace(settings.stream_frames_per_s))
     try:
-        with let_in(websocket):
+        with ExitStack() as seats:
+            resuming = resume_of_query(websocket.query_params)
+            if resuming is None:
+                seats.enter_context(let_in(websocket))
+            else:  # its session has its seats
+                check_origin(websocket, settings.origins)
             caller, fixed = await _caller(websocket)
+            gateway.roster.refuse_when_draining()
             codec = Native(request_id)
-            setup = codec.setup_of_query(websocket.query_params, fixed)
+            opening = resuming or codec.setup_of_query(websocket.query_params, fixed)
             offered = cast(Sequence[str], websocket.scope.get("subprotocols") or ())
             await converse(
                 frames,
-                gateway.door,
+                House(gateway.roster, gateway.door, gateway.settings.stream_idle_s, gateway.settings.stream_resume_s),
                 caller,
                 codec,
-                setup,
+                opening,
+                seats=seats,
                 subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None,
-                idle_s=settings.stream_idle_s,
             )
     except Exception as exc:
         if frames.accepted:

@@ -34,7 +34,7 @@ SILENCE = np.zeros(16_000, np.int16).tobytes()
 
 @pytest.fixture(scope="module")
 async def server(settings: Settings) -> AsyncIterator[Served]:
-    async with serving(settings, model="micro", engine_workers=1) as running:
+    async with serving(settings, model="micro", engine_workers=1, stream_resume_s=0.2) as running:
         yield running
     assert SEATS.taken == 0
 
@@ -91,7 +91,7 @@ async def test_speech_becomes_text_while_it_is_spoken(server: Served, name: str)
     assert "".join(delta["text"] for delta in talk.all("delta")) == said
 
     ready, final, closed = talk.events[0], talk.all("final")[0], talk.events[-1]
-    assert ready | {"session_id": "", "limits": {}} == {
+    assert ready | {"session_id": "", "limits": {}, "resume_token": None} == {
         "type": "ready", "seq": 1, "session_id": "", "resumed": False, "resend_from_ms": 0, "resume_token": None,
         "backend": "self_hosted", "engine": "faster-whisper", "model": "micro", "language": "en",
         "encoding": "pcm_s16le", "sample_rate": 16_000, "limits": {}, "accepted_ms": 0,

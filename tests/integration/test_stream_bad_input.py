@@ -27,7 +27,8 @@ TOO_BIG = bytes(256 * 1024 + 1)
 
 @pytest.fixture(scope="module")
 async def server(settings: Settings) -> AsyncIterator[Served]:
-    async with serving(settings, backend="scripted", stream_frames_per_s=100_000) as running:  # some send single bytes
+    changes = {"stream_frames_per_s": 100_000, "stream_resume_s": 0.2}  # some send single bytes
+    async with serving(settings, backend="scripted", **changes) as running:
         yield running
     assert SEATS.taken == 0
 
@@ -139,7 +140,7 @@ async def test_a_full_process_says_when_to_come_back(settings: Settings) -> None
         ("vad.min_speech_ms", 2_001),
         ("vad.max_utterance_ms", 999),
         ("vad.colour", "red"),
-        ("resume_token", "x"),
+        ("last_seq", 1),
         ("colour", "red"),
     ],
 )
