@@ -13,6 +13,7 @@ import pytest
 import dispatchers.engine
 from dispatchers.backends.local import LocalBackend, ModelCard
 from dispatchers.engine.interface import Engine, Recognised
+from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import KNOWN, MICRO, POCKETSPHINX, ModelSpec
 from dispatchers.errors import (
     BackendFailed,
@@ -105,13 +106,24 @@ class Held:
     """An engine that holds every transcription until it is let go, or until it is told to stop."""
 
     workers = 1
+    batch_limit = 1
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.entered, self.open, self.closed, self.stopped = (threading.Event() for _ in range(4))
         self.failure: Exception | None = None
 
-    def transcribe(self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]) -> Recognised:
+    def kind(self, samples: Samples, options: Options) -> None:
+        pass
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: Options,
+        heard: Heard,
+        cancelled: Callable[[], bool],
+        meeting: Meeting | None = None,
+    ) -> Recognised:
         self.entered.set()
         while not self.open.wait(0.01):
             if cancelled():
