@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=64,
-        description="Short recognitions in one go; 0: 16 on a GPU, 1 on a CPU, where more gains nothing.",
+        description="Short recognitions in one go; 0: 16 on a GPU, 1 on a CPU, where more gains little.",
     )
     engine_token: SecretStr | None = Field(
         None,

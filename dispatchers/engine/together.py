@@ -19,9 +19,11 @@ from dispatchers.engine.meeting import Meeting
 
 
 class Place(threading.local):
-    """What a thread is busy with: its meeting, and the window whose language it has just detected."""
+    """What a thread is busy with: its meeting, what it asks before each window, and the window whose language it has
+    just detected."""
 
     meeting: Meeting | None = None
+    before_window: Callable[[], object] | None = None
     detecting: bool = False
     window: tuple[NDArray[np.float32], Encoded] | None = None
 

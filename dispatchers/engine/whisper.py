@@ -38,7 +38,7 @@ _HINT_TOKENS = 100
 _SAMPLES_PER_FRAME = 160
 _BATCH_ON_GPU = 16
 _BATCH_ON_CPU = 1
-"""Measured with the micro model: encoding and decoding cost the same for each of 8 windows as for one alone."""
+"""Measured with the micro model (docs/benchmarks.md): little CPU is saved, and the first waits for the last."""
 
 
 def threads(cores: int, model_bytes: int) -> tuple[int, int]:
@@ -106,11 +106,11 @@ class WhisperEngine:
         meeting: Meeting | None = None,
     ) -> Recognised:
         """See `Engine.transcribe`."""
-        self._place.meeting = meeting
+        self._place.meeting, self._place.before_window = meeting, cancelled
         try:
             return self._transcribe(samples, options, heard, cancelled)
         finally:
-            self._place.meeting = None
+            self._place.meeting = self._place.before_window = None
 
     def _transcribe(
         self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]
@@ -219,6 +219,8 @@ def _load(
             filled = np.flatnonzero(features.any(axis=0))
             content = int(filled[-1]) + 1 if filled.size else 0
             features = features[:, : window(content, shortest_window)]
+            if place.before_window is not None:
+                place.before_window()  # silent windows give no segment, but others may go first here, too
             known, place.window = place.window, None
             if known is not None and np.array_equal(known[0], features):
                 return known[1]

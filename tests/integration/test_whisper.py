@@ -131,6 +131,17 @@ def test_cancelling_stops_between_segments(engine: WhisperEngine) -> None:
     assert len(segments) == 2
 
 
+def test_it_asks_before_each_window_of_silence(engine: WhisperEngine) -> None:
+    asked: list[int] = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return False
+
+    engine.transcribe(np.zeros(60 * 16_000, np.int16), Options(language="en"), lambda _: None, cancelled)
+    assert len(asked) >= 6
+
+
 def test_detecting_the_language_costs_no_second_encoding(
     engine: WhisperEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,16 +286,11 @@ async def test_one_of_a_batch_fails_alone() -> None:
 
 
 async def test_a_batch_gathers_company_while_much_comes() -> None:
-    """A free worker waits a little for pieces of one kind in a rush, and what has no kind waits for nobody."""
-    scheduler, sizes = Scheduler(workers=1, queue_limit=64, batch_limit=64), list[int]()
-
-    async def ask(kind: str | None) -> None:
-        sizes.append(await scheduler.seat(together, kind=kind))
-
-    await asyncio.gather(*(ask(None) for _ in range(40)))  # all at one moment: a rush
-    assert sizes == [1] * 40
-    await asyncio.gather(*(ask("x") for _ in range(9)))
-    assert sizes[40:] == [9] * 9
+    """In a rush, free workers wait a little for pieces of one kind; what has no kind waits for nobody."""
+    scheduler = Scheduler(workers=64, queue_limit=64, batch_limit=16)
+    kinds = [None] * 40 + ["x"] * 9
+    sizes = await asyncio.gather(*(scheduler.seat(together, kind=kind) for kind in kinds))
+    assert sizes == [1] * 40 + [9] * 9
     await scheduler.aclose()
 
 
