@@ -6,7 +6,7 @@ DispatchError
 ├── OptionError           what was asked of the recogniser
 │   ├── UnknownModel · UnsupportedOption
 └── BackendError          the recogniser; another backend may do better
-    ├── BackendUnavailable · BackendTimeout · BackendFailed · Overloaded
+    ├── BackendUnavailable · BackendTimeout · BackendFailed · Overloaded · Superseded
     └── BackendRefused
 """
 
@@ -102,6 +102,12 @@ class Overloaded(BackendError):
     """Every seat is taken. Try again in a few seconds."""
 
     code = "NO_SEAT"
+
+
+class Superseded(BackendError):
+    """A newer partial of the same stream, or its final, took the place of this one in the queue."""
+
+    code = "SUPERSEDED"
 
 
 class BackendRefused(BackendError):

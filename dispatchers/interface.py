@@ -63,7 +63,8 @@ Urgency: TypeAlias = Literal["final", "partial", "batch"]
 class Options:
     """What is asked of a recogniser, whole; passed on unchanged by adapters.
 
-    `share` is an opaque key between whose holders an engine is fair. `temperature` None means the recogniser's own
+    `share` is an opaque key between whose holders an engine is fair; `stream`, another, is one for each live stream: of
+    its partials only the newest may wait. `temperature` None means the recogniser's own
     default (for Whisper: the fallback ladder that starts at 0).
     """
 
@@ -77,6 +78,7 @@ class Options:
     partials: bool = True
     vad: VadOptions = field(default_factory=VadOptions)
     share: str = ""
+    stream: str = ""
     urgency: Urgency = "batch"
 
 

@@ -38,5 +38,6 @@ def local_backend(settings: Settings, chosen: Resolved) -> LocalBackend:
         compute_type=settings.compute_type,
         cache_dir=settings.model_cache_dir,
         shortest_window=settings.shortest_window,
+        batch_limit=settings.engine_batch or None,
         queue_limit=settings.engine_queue,
     )

@@ -133,6 +133,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "BACKEND_FAILED": Meaning(502, 1011, "Backend failed", _SERVER),
     "BACKEND_REFUSED": Meaning(502, 1011, "Backend refused", _SERVER),
     "NO_SEAT": Meaning(503, 1013, "No seat free", _SERVER),
+    "SUPERSEDED": Meaning(503, 1013, "Superseded", _SERVER),
     # jobs
     "JOB_NOT_READY": Meaning(409, 4400, "Job not ready"),
     "JOB_FAILED": Meaning(409, 4400, "Job failed"),

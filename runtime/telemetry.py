@@ -179,6 +179,8 @@ ProcessCollector(registry=REGISTRY)
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 HUMAN = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+WAIT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+SIZES = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -212,6 +214,10 @@ FINAL_SECONDS = _histogram("speech_end_to_final_seconds", "From the last speech 
 
 QUEUE_DEPTH = _gauge("queue_depth", "Recognitions waiting for a worker of this process.")
 QUEUE_RUNNING = _gauge("queue_running", "Recognitions running in this process.")
+QUEUE_SECONDS = _histogram("queue_seconds", "Time recognitions waited for a worker.", WAIT, "urgency")
+BATCH_SIZE = _histogram("batch_size", "Recognitions that a worker took at once.", SIZES)
+COALESCED_PARTIALS = _counter("coalesced_partials", "Waiting partials whose place a newer one took.")
+DROPPED_PARTIALS = _counter("dropped_partials", "Waiting partials that came too late.")
 RECOGNITION_SECONDS = _histogram("recognition_seconds", "Time a model took for one piece of audio.", LONG, "model")
 RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model")
 

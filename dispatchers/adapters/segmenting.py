@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from uuid import uuid4
 
 import numpy as np
 
@@ -87,6 +88,7 @@ class Segmenting:
     def stream(
         self, audio: AsyncIterator[StreamInput], options: Options
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        options = replace(options, stream=uuid4().hex)
         return _streaming(_Stream(self._batch, self._vad, self._threads, self._interval, options), audio)
 
     async def aclose(self) -> None:

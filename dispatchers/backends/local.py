@@ -13,7 +13,7 @@ from typing import Literal
 
 from dispatchers.engine.interface import Engine, Recognised
 from dispatchers.engine.models import KNOWN, MICRO, ModelSpec, fetch, is_cached
-from dispatchers.engine.scheduler import Scheduler
+from dispatchers.engine.scheduler import Scheduler, Seat
 from dispatchers.errors import (
     BackendFailed,
     BackendTimeout,
@@ -73,6 +73,7 @@ def load_engine(
     compute_type: str = "default",
     cache_dir: Path | None = None,
     shortest_window: int | None = None,
+    batch_limit: int | None = None,
 ) -> Engine:
     """The model, loaded with `workers` cores to use, downloaded first if it must be. Blocks.
 
@@ -90,13 +91,15 @@ def load_engine(
         compute_type=compute_type,
         cores=workers,
         shortest_window=shortest_window,
+        batch_limit=batch_limit,
     )
 
 
 class LocalBackend:
     """A batch dispatcher over the engines of this process.
 
-    `workers` is the number of cores to use; `queue_limit` bounds what waits for a model, for each urgency. At most
+    `workers` is the number of cores to use; `queue_limit` bounds what waits for a model, for each urgency;
+    `batch_limit` is how many short pieces a Whisper model takes in one go, None going by the device. At most
     `max_loaded` models stay in memory: the default always, of the others those used last. Use from one event loop.
     """
 
@@ -109,6 +112,7 @@ class LocalBackend:
         compute_type: str = "default",
         cache_dir: Path | None = None,
         shortest_window: int | None = None,
+        batch_limit: int | None = None,
         queue_limit: int = 256,
         max_loaded: int = 3,
         load: Load | None = None,
@@ -125,6 +129,7 @@ class LocalBackend:
                 compute_type=compute_type,
                 cache_dir=cache_dir,
                 shortest_window=shortest_window,
+                batch_limit=batch_limit,
             )
         )
         self._specs = {default.name: default}
@@ -221,18 +226,25 @@ class LocalBackend:
                 segments.append(segment)
                 heard(segment)
 
-        def work() -> Recognised:
+        def work(seat: Seat) -> Recognised:
+            def cancelled() -> bool:
+                seat.give_way()
+                return abandoned.is_set()
+
             RECOGNISED_SECONDS.labels(loaded.engine.spec.name).inc(duration_ms / 1000)
             with RECOGNITION_SECONDS.labels(loaded.engine.spec.name).time():
                 return loaded.engine.transcribe(
-                    audio, options, lambda segment: _call(loop, tell, segment), abandoned.is_set
+                    audio, options, lambda segment: _call(loop, tell, segment), cancelled, seat.meeting
                 )
 
         try:
-            result = await loaded.scheduler.run(
+            result = await loaded.scheduler.seat(
                 work,
                 urgency=options.urgency,
                 share=options.share,
+                seconds=duration_ms / 1000,
+                stream=options.stream,
+                kind=loaded.engine.kind(audio, options),
                 timeout_s=_PATIENCE_S + _SLOWEST * duration_ms / 1000,
             )
         except DispatchError:
@@ -286,7 +298,8 @@ class LocalBackend:
         except Exception as error:
             kind = type(error).__name__
             raise BackendUnavailable(f"The model {spec.name} cannot be loaded ({kind}: {error}).") from error
-        self._loaded[spec.name] = _Loaded(engine, Scheduler(engine.workers, self._queue_limit))
+        scheduler = Scheduler(engine.workers, self._queue_limit, batch_limit=engine.batch_limit, measured=True)
+        self._loaded[spec.name] = _Loaded(engine, scheduler)
 
     def _opened(self, name: str, task: asyncio.Task[None]) -> None:
         del self._loads[name]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
+from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import ModelSpec
 from dispatchers.interface import Heard, Options, Samples
 
@@ -19,7 +20,8 @@ class Recognised:
 
 
 class Engine(Protocol):
-    """A loaded model. `workers` calls of `transcribe` run truly side by side; more only wait for each other."""
+    """A loaded model. `workers` calls of `transcribe` run truly side by side; more only wait for each other, unless
+    they are members of one `Meeting`: up to `batch_limit` of one `kind` are then recognised by one worker in one go."""
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -27,9 +29,24 @@ class Engine(Protocol):
     @property
     def workers(self) -> int: ...
 
-    def transcribe(self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]) -> Recognised:
+    @property
+    def batch_limit(self) -> int: ...
+
+    def kind(self, samples: Samples, options: Options) -> Hashable | None:
+        """What pieces that may go together have in common; None for one that goes alone."""
+        ...
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: Options,
+        heard: Heard,
+        cancelled: Callable[[], bool],
+        meeting: Meeting | None = None,
+    ) -> Recognised:
         """Blocks until all is recognised. `heard` gets each segment in the calling thread; `cancelled` is asked
-        between segments, and when it says yes the rest is left out.
+        between steps (it may block, to let others go first), and when it says yes the rest is left out. The members of
+        a `meeting` get the text that each would get alone; leaving it is the caller's.
 
         Raises `UnsupportedOption`, or a `BackendError`."""
         ...

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dispatchers.engine.interface import Recognised
+from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import POCKETSPHINX, ModelSpec
 from dispatchers.errors import BackendFailed, BackendTimeout, BackendUnavailable
 from dispatchers.interface import SAMPLE_RATE, Heard, Options, Samples, Segment, Word, to_ms
@@ -39,6 +40,8 @@ class SphinxEngine:
 
     Raises `BackendUnavailable` when they cannot be started."""
 
+    batch_limit = 1
+
     def __init__(self, workers: int, spec: ModelSpec = POCKETSPHINX) -> None:
         self.spec = spec
         self.workers = workers
@@ -56,7 +59,17 @@ class SphinxEngine:
         for worker in started:
             self._idle.put(worker)
 
-    def transcribe(self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]) -> Recognised:
+    def kind(self, samples: Samples, options: Options) -> None:
+        """Nothing goes together here."""
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: Options,
+        heard: Heard,
+        cancelled: Callable[[], bool],
+        meeting: Meeting | None = None,
+    ) -> Recognised:
         """See `Engine.transcribe`. A piece without words gives no segment. Raises `BackendFailed` when the worker
         died; another has taken its place."""
         self.spec.check(options)

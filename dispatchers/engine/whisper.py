@@ -1,9 +1,9 @@
 """faster-whisper: Whisper models by CTranslate2.
 
-Three things differ from `WhisperModel` as it comes. faster-whisper pads every window to 30 s, and encoding that padding
+Four things differ from `WhisperModel` as it comes. faster-whisper pads every window to 30 s, and encoding that padding
 is nearly all the cost of a short utterance; here it is cut to what the model was shown to need
-(`ModelSpec.shortest_window`). The window whose language was detected is not encoded a second time. And threads go where
-they help: see `threads`.
+(`ModelSpec.shortest_window`). The window whose language was detected is not encoded a second time. Threads go where
+they help: see `threads`. And short pieces that run in one `Meeting` are encoded and decoded in batches.
 
 `vad_filter` stays off. An utterance of a stream has been through a VAD already. For a recording it gained nothing where
 it could be measured (a minute of the micro samples: 0.9 % word error without it, 0.9 to 1.7 % with it, and a fifth more
@@ -13,8 +13,7 @@ time), and it holds a second copy of the audio. Whisper's own gates against sile
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dispatchers.engine.interface import Recognised
+from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import STOCK_WINDOW, ModelSpec
+from dispatchers.engine.together import Encoded, Place, TogetherModel
 from dispatchers.errors import BackendUnavailable, UnsupportedOption
 from dispatchers.interface import Heard, Options, Samples, Segment, Word, to_ms
 
@@ -34,6 +35,10 @@ _SMALL_BYTES = 200_000_000
 _THREADS_OF_A_LARGE_MODEL = 4
 _BEAM = 5
 _HINT_TOKENS = 100
+_SAMPLES_PER_FRAME = 160
+_BATCH_ON_GPU = 16
+_BATCH_ON_CPU = 1
+"""Measured with the micro model (docs/benchmarks.md): little CPU is saved, and the first waits for the last."""
 
 
 def threads(cores: int, model_bytes: int) -> tuple[int, int]:
@@ -48,7 +53,8 @@ def threads(cores: int, model_bytes: int) -> tuple[int, int]:
 
 class WhisperEngine:
     """A Whisper model in memory. `folder` holds its files; `compute_type` "default" is int8 on a CPU, float16 on a GPU.
-    `shortest_window` overrides the model's own (3000 frames: padded as faster-whisper does).
+    `shortest_window` overrides the model's own (3000 frames: padded as faster-whisper does); `batch_limit` None goes by
+    the device.
 
     Raises `BackendUnavailable` when it cannot be loaded."""
 
@@ -61,8 +67,11 @@ class WhisperEngine:
         compute_type: str = "default",
         cores: int | None = None,
         shortest_window: int | None = None,
+        batch_limit: int | None = None,
     ) -> None:
         self.spec = spec
+        self._shortest = shortest_window or spec.shortest_window
+        self._place = Place()
         size = (folder / "model.bin").stat().st_size
         self.workers, per_worker = threads(cores or os.cpu_count() or 1, size)
         try:
@@ -72,14 +81,40 @@ class WhisperEngine:
                 compute_type=compute_type,
                 workers=self.workers,
                 threads_per_worker=per_worker,
-                shortest_window=shortest_window or spec.shortest_window,
+                shortest_window=self._shortest,
+                place=self._place,
             )
         except (RuntimeError, ValueError) as error:
             raise BackendUnavailable(f"The model {spec.name} cannot be loaded: {error}") from error
+        on_gpu = self._model.model.device == "cuda"
+        self.batch_limit = batch_limit or (_BATCH_ON_GPU if on_gpu else _BATCH_ON_CPU)
         self._first_special = int(self._model.hf_tokenizer.token_to_id("<|endoftext|>"))
 
-    def transcribe(self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]) -> Recognised:
+    def kind(self, samples: Samples, options: Options) -> Hashable | None:
+        """Pieces of one window, by what it is padded to and how wide the search is."""
+        frames = len(samples) // _SAMPLES_PER_FRAME
+        if frames > self._model.feature_extractor.nb_max_frames:
+            return None
+        return window(frames, self._shortest), _beam(options), options.words
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: Options,
+        heard: Heard,
+        cancelled: Callable[[], bool],
+        meeting: Meeting | None = None,
+    ) -> Recognised:
         """See `Engine.transcribe`."""
+        self._place.meeting, self._place.before_window = meeting, cancelled
+        try:
+            return self._transcribe(samples, options, heard, cancelled)
+        finally:
+            self._place.meeting = self._place.before_window = None
+
+    def _transcribe(
+        self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]
+    ) -> Recognised:
         self.spec.check(options)
         if options.language is not None and options.language not in self._model.supported_languages:
             raise UnsupportedOption(f"The model {self.spec.name} does not know this language.", param="language")
@@ -101,7 +136,7 @@ class WhisperEngine:
         settings: dict[str, Any] = {
             "language": options.language,
             "task": options.task,
-            "beam_size": 1 if options.urgency == "partial" else _BEAM,
+            "beam_size": _beam(options),
             "condition_on_previous_text": self.spec.condition_on_previous_text,
             "word_timestamps": options.words,
         }
@@ -145,6 +180,10 @@ class WhisperEngine:
         )
 
 
+def _beam(options: Options) -> int:
+    return 1 if options.urgency == "partial" else _BEAM
+
+
 def window(content: int, shortest: int) -> int:
     """Frames to encode for so many frames of content. At least half stays padding: without it the micro model's word
     error on windows full of speech rises from 0.9 to 7.7 %."""
@@ -152,34 +191,42 @@ def window(content: int, shortest: int) -> int:
 
 
 def _load(
-    folder: Path, *, device: str, compute_type: str, workers: int, threads_per_worker: int, shortest_window: int
+    folder: Path,
+    *,
+    device: str,
+    compute_type: str,
+    workers: int,
+    threads_per_worker: int,
+    shortest_window: int,
+    place: Place,
 ) -> WhisperModel:
     import ctranslate2
     from faster_whisper import WhisperModel
-
-    of_thread = threading.local()
 
     class ShortWindowModel(WhisperModel):  # type: ignore[misc]
         """Cuts the padding of a window before the encoder sees it. `pad_or_trim` fills with zeros, which in the log mel
         scale is no silence, so zeros mark the padding exactly."""
 
         def detect_language(self, *, features: NDArray[np.float32], **options: Any) -> Any:
-            of_thread.detecting = True
+            place.detecting = True
             try:
                 # The decoding leaves out the last frame; without it, both see the same window.
                 return super().detect_language(features=features[..., : max(1, features.shape[-1] - 1)], **options)
             finally:
-                of_thread.detecting = False
+                place.detecting = False
 
-        def encode(self, features: NDArray[np.float32]) -> Any:
+        def encode(self, features: NDArray[np.float32]) -> Encoded:
             filled = np.flatnonzero(features.any(axis=0))
             content = int(filled[-1]) + 1 if filled.size else 0
             features = features[:, : window(content, shortest_window)]
-            known, encoded = of_thread.__dict__.pop("window", (None, None))
-            if known is None or not np.array_equal(known, features):
-                encoded = super().encode(features)
-            if getattr(of_thread, "detecting", False):
-                of_thread.window = features, encoded
+            if place.before_window is not None:
+                place.before_window()  # silent windows give no segment, but others may go first here, too
+            known, place.window = place.window, None
+            if known is not None and np.array_equal(known[0], features):
+                return known[1]
+            encoded: Encoded = self.model.encode_window(features, super().encode)
+            if place.detecting:
+                place.window = features, encoded
             return encoded
 
     on_gpu = device == "cuda" or (device == "auto" and ctranslate2.get_cuda_device_count() > 0)
@@ -193,4 +240,6 @@ def _load(
         num_workers=workers,
         local_files_only=True,
     )
+    sot = int(model.hf_tokenizer.token_to_id("<|startoftranscript|>"))
+    model.model = TogetherModel(model.model, place, sot)
     return cast("WhisperModel", model)

@@ -1,4 +1,4 @@
-"""`make bench`: the gateway against bare faster-whisper, in the same run, and what it holds in memory.
+"""`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -10,9 +10,9 @@ import platform
 
 from rich.console import Console
 
-from tests.benchmarks import batch, memory
+from tests.benchmarks import batch, memory, together
 
-SECTIONS = {"batch": batch.run, "memory": memory.run}
+SECTIONS = {"batch": batch.run, "memory": memory.run, "together": together.run}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from openai import AsyncOpenAI
 
 from dispatchers.backends.local import LocalBackend
 from dispatchers.engine.interface import Recognised
+from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import KNOWN, MICRO, MICRO_SAMPLES, ModelSpec
 from dispatchers.engine.serve import Unprotected, run, serve, uvicorn_config
 from dispatchers.engine.server import EngineServer
@@ -224,13 +225,24 @@ class Held:
     """An engine that says one word, and holds what follows until it is let go, or until it is told to stop."""
 
     workers = 1
+    batch_limit = 1
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.entered, self.open, self.stopped = (threading.Event() for _ in range(3))
         self.failure: Exception | None = None
 
-    def transcribe(self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]) -> Recognised:
+    def kind(self, samples: Samples, options: Options) -> None:
+        pass
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: Options,
+        heard: Heard,
+        cancelled: Callable[[], bool],
+        meeting: Meeting | None = None,
+    ) -> Recognised:
         heard(Segment(0, 1, "one"))
         self.entered.set()
         while not self.open.wait(0.01):

@@ -13,16 +13,19 @@ import pytest
 import dispatchers.engine
 from dispatchers.backends.local import LocalBackend, ModelCard
 from dispatchers.engine.interface import Engine, Recognised
+from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import KNOWN, MICRO, POCKETSPHINX, ModelSpec
 from dispatchers.errors import (
     BackendFailed,
     BackendTimeout,
     BackendUnavailable,
     Overloaded,
+    Superseded,
     UnknownModel,
     UnsupportedOption,
 )
-from dispatchers.interface import Heard, Options, Origin, Samples, Segment, StreamInput
+from dispatchers.interface import Heard, Options, Origin, Samples, Segment, StreamInput, Transcript, Urgency
+from runtime.telemetry import REGISTRY
 
 SAMPLES = Path(dispatchers.engine.__file__).parent / "micro" / "samples"
 SECOND = np.zeros(16_000, np.int16)
@@ -72,6 +75,31 @@ async def test_many_at_once_are_not_mixed_up(micro: LocalBackend) -> None:
     assert [transcript.text for transcript in found] == [row["text"] for row in clips]
 
 
+async def test_a_crowd_in_batches_is_not_mixed_up(tmp_path: Path) -> None:
+    """Finals and partials of several shares, with and without words: the texts that each gets alone."""
+    with (SAMPLES / "transcripts.tsv").open() as file:
+        clips = [row for row in csv.DictReader(file, delimiter="\t") if row["file"] != "clip11.wav"]
+    backend = LocalBackend(MICRO, workers=1, device="cpu", cache_dir=tmp_path, batch_limit=8)
+    await backend.warm()
+    batches, pieces = figure("stenogate_batch_size_count"), figure("stenogate_batch_size_sum")
+    asked = [
+        (row, Options(share=share, urgency=urgency, words=words, language="en"))
+        for row in clips
+        for share, urgency, words in (("a", "final", False), ("b", "partial", False), ("b", "batch", True))
+    ]
+    found = await asyncio.gather(
+        *(backend.transcribe(read(row["file"].removesuffix(".wav")), options) for row, options in asked)
+    )
+    assert [transcript.text for transcript in found] == [row["text"] for row, _ in asked]
+    assert figure("stenogate_batch_size_sum") - pieces == len(asked)
+    assert figure("stenogate_batch_size_count") - batches <= len(asked) / 4
+    await backend.aclose()
+
+
+def figure(name: str) -> float:
+    return REGISTRY.get_sample_value(name) or 0.0
+
+
 async def test_other_models_load_when_they_are_asked_for(micro: LocalBackend) -> None:
     assert micro.catalogue() == (
         ModelCard("micro", "faster-whisper", default=True, status="ready"),
@@ -105,13 +133,24 @@ class Held:
     """An engine that holds every transcription until it is let go, or until it is told to stop."""
 
     workers = 1
+    batch_limit = 1
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self.entered, self.open, self.closed, self.stopped = (threading.Event() for _ in range(4))
         self.failure: Exception | None = None
 
-    def transcribe(self, samples: Samples, options: Options, heard: Heard, cancelled: Callable[[], bool]) -> Recognised:
+    def kind(self, samples: Samples, options: Options) -> None:
+        pass
+
+    def transcribe(
+        self,
+        samples: Samples,
+        options: Options,
+        heard: Heard,
+        cancelled: Callable[[], bool],
+        meeting: Meeting | None = None,
+    ) -> Recognised:
         self.entered.set()
         while not self.open.wait(0.01):
             if cancelled():
@@ -194,6 +233,29 @@ async def test_a_full_queue_refuses(held: LocalBackend, shelf: Shelf) -> None:
     assert (held.running, held.waiting, held.workers) == (1, 1, 1)
     shelf["base"].open.set()
     assert [(await task).text for task in (first, second)] == ["x", "x"]
+
+
+async def test_a_stream_has_one_waiting_partial(held: LocalBackend, shelf: Shelf) -> None:
+    await held.warm()
+    coalesced, dropped = figure("stenogate_coalesced_partials_total"), figure("stenogate_dropped_partials_total")
+    first = asyncio.create_task(held.transcribe(SECOND, Options()))
+    await until(shelf["base"].entered)
+
+    def ask(urgency: Urgency) -> asyncio.Task[Transcript]:
+        return asyncio.create_task(held.transcribe(SECOND, Options(urgency=urgency, stream="s")))
+
+    old, new, final = ask("partial"), ask("partial"), ask("final")
+    for late in (old, new):
+        with pytest.raises(Superseded):
+            await late
+    left = ask("partial")
+    await asyncio.sleep(0)
+    left.cancel()
+    await asyncio.wait([left])
+    shelf["base"].open.set()
+    assert [(await task).text for task in (first, final)] == ["x", "x"]
+    assert figure("stenogate_coalesced_partials_total") - coalesced == 1
+    assert figure("stenogate_dropped_partials_total") - dropped == 2
 
 
 async def test_a_hung_engine_times_out(held: LocalBackend, shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:

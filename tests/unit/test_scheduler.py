@@ -4,8 +4,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from dispatchers.engine.scheduler import Scheduler
-from dispatchers.errors import BackendUnavailable, Overloaded
+from dispatchers.engine.scheduler import Scheduler, Seat
+from dispatchers.errors import BackendUnavailable, Overloaded, Superseded
 from dispatchers.interface import Urgency
 
 
@@ -182,3 +182,166 @@ async def test_the_wait_of_live_work_goes_by_live_work(one: Scheduler) -> None:
     assert 0 < one.wait_s < before / 4  # quick work has been measured meanwhile
     gate.open.set()
     await asyncio.gather(held, waiting)
+
+
+# --- giving way ---------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """Long work in steps: does `steps`, telling each, and gives way between them."""
+
+    def __init__(self, log: list[str], name: str, steps: int = 2) -> None:
+        self.gates = [Gate() for _ in range(steps)]
+        self._log, self._name = log, name
+
+    def __call__(self, seat: Seat) -> str:
+        for at, gate in enumerate(self.gates):
+            gate()
+            self._log.append(f"{self._name}{at}")
+            seat.give_way()
+        return self._name
+
+
+async def test_a_batch_gives_way_between_its_steps(one: Scheduler) -> None:
+    log: list[str] = []
+    steps = Steps(log, "long ")
+    long = asyncio.create_task(one.seat(steps))
+    await steps.gates[0].wait_entered()
+    next_batch = asyncio.create_task(one.run(log.append, "next"))
+    final = asyncio.create_task(one.run(log.append, "final", urgency="final"))
+    partial = asyncio.create_task(one.run(log.append, "partial", urgency="partial"))
+    await asyncio.sleep(0)
+    for gate in steps.gates:
+        gate.open.set()
+    assert await long == "long "
+    await asyncio.gather(next_batch, final, partial)
+    assert log == ["long 0", "final", "partial", "long 1", "next"]
+    await asyncio.sleep(0)
+    assert (one.waiting, one.running) == (0, 0)
+
+
+async def test_long_batches_on_every_worker_give_way_and_all_end() -> None:
+    scheduler, log = Scheduler(workers=2, queue_limit=64), list[str]()
+    batches = [Steps(log, f"{n} ", 3) for n in range(4)]
+    tasks = [asyncio.create_task(scheduler.seat(steps)) for steps in batches]
+    for steps in batches[:2]:
+        await steps.gates[0].wait_entered()
+    finals = [asyncio.create_task(scheduler.run(log.append, f"final {n}", urgency="final")) for n in range(5)]
+    await asyncio.sleep(0)
+    for steps in batches:
+        for gate in steps.gates:
+            gate.open.set()
+    assert await asyncio.gather(*tasks) == ["0 ", "1 ", "2 ", "3 "]
+    await asyncio.gather(*finals)
+    assert all(log.index(f"final {n}") < log.index("2 0") for n in range(5))
+    await scheduler.aclose()
+    assert (scheduler.waiting, scheduler.running) == (0, 0)
+
+
+async def test_finals_do_not_give_way(one: Scheduler) -> None:
+    log: list[str] = []
+    steps = Steps(log, "")
+    first = asyncio.create_task(one.seat(steps, urgency="final"))
+    await steps.gates[0].wait_entered()
+    second = asyncio.create_task(one.run(log.append, "second", urgency="final"))
+    await asyncio.sleep(0)
+    for gate in steps.gates:
+        gate.open.set()
+    await asyncio.gather(first, second)
+    assert log == ["0", "1", "second"]
+
+
+async def test_closing_ends_what_has_given_way() -> None:
+    scheduler, log = Scheduler(workers=1, queue_limit=8), list[str]()
+    steps = Steps(log, "")
+    batch = asyncio.create_task(scheduler.seat(steps))
+    await steps.gates[0].wait_entered()
+    gate = Gate()
+    final = asyncio.create_task(scheduler.run(gate, urgency="final"))
+    await asyncio.sleep(0)
+    for step in steps.gates:
+        step.open.set()
+    await gate.wait_entered()
+    assert (scheduler.waiting, scheduler.running) == (1, 1)
+    closing = asyncio.create_task(scheduler.aclose())
+    await asyncio.sleep(0)
+    gate.open.set()
+    await closing
+    assert (await batch, await final) == ("", "done")
+
+
+# --- batches, and the one place of a stream -----------------------------------------------------------------------
+
+
+def together(seat: Seat) -> int:
+    """With how many a piece ran."""
+    return seat.meeting.call("", 1, lambda ones: [len(ones)] * len(ones))
+
+
+async def test_what_waits_of_one_kind_runs_together() -> None:
+    scheduler = Scheduler(workers=1, queue_limit=64, batch_limit=3)
+    gate, held = await hold(scheduler)
+
+    tasks = [asyncio.create_task(scheduler.seat(together, kind=kind, share=str(n))) for n, kind in enumerate("xyxxxx")]
+    await asyncio.sleep(0)
+    gate.open.set()
+    assert await asyncio.gather(*tasks) == [3, 1, 3, 3, 2, 2]
+    assert await held == "done"
+    await scheduler.aclose()
+
+
+async def test_one_of_a_batch_fails_alone() -> None:
+    scheduler = Scheduler(workers=1, queue_limit=64, batch_limit=4)
+    gate, held = await hold(scheduler)
+
+    def work(seat: Seat, number: int) -> float:
+        return seat.meeting.call("", number, lambda numbers: [1 / n for n in numbers])
+
+    tasks = [asyncio.create_task(scheduler.seat(lambda seat, n=n: work(seat, n), kind="x")) for n in (1, 0, 2, 4)]
+    await asyncio.sleep(0)
+    gate.open.set()
+    one, bad, two, four = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (one, two, four) == (1, 0.5, 0.25)
+    assert isinstance(bad, ZeroDivisionError)
+    await held
+    await scheduler.aclose()
+
+
+async def test_a_batch_gathers_company_while_much_comes() -> None:
+    """In a rush, free workers wait a little for pieces of one kind; what has no kind waits for nobody."""
+    scheduler = Scheduler(workers=64, queue_limit=64, batch_limit=16)
+    kinds = [None] * 40 + ["x"] * 9
+    sizes = await asyncio.gather(*(scheduler.seat(together, kind=kind) for kind in kinds))
+    assert sizes == [1] * 40 + [9] * 9
+    await scheduler.aclose()
+
+
+async def test_a_newer_partial_takes_the_place_of_the_waiting_one(one: Scheduler) -> None:
+    gate, held = await hold(one)
+    order: list[str] = []
+
+    def ask(name: str, stream: str) -> asyncio.Task[None]:
+        return asyncio.create_task(one.seat(lambda _: order.append(name), urgency="partial", stream=stream))
+
+    tasks = [ask("old", "s"), ask("other", "t"), ask("new", "s")]
+    await asyncio.sleep(0)
+    assert one.waiting == 2
+    gate.open.set()
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(found[0], Superseded)
+    assert order == ["new", "other"]
+    await held
+
+
+async def test_a_partial_that_runs_is_not_taken_back(one: Scheduler) -> None:
+    gate = Gate()
+    running = asyncio.create_task(one.seat(lambda _: gate(), urgency="partial", stream="s"))
+    await gate.wait_entered()
+    newer = asyncio.create_task(one.seat(lambda _: "newer", urgency="partial", stream="s"))
+    final = asyncio.create_task(one.seat(lambda _: "final", urgency="final", stream="s"))
+    await asyncio.sleep(0)
+    gate.open.set()
+    assert await running == "done"
+    assert await final == "final"
+    with pytest.raises(Superseded):
+        await newer

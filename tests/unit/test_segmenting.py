@@ -386,4 +386,6 @@ async def test_options_go_through_unchanged(vad: SileroVad, speech: Samples):
     options = Options(language="en", prompt="names", share="t1", words=True)
     batch = Asked()
     await hear(vad, batch, speech[: 3_000 * 16], options=options)
-    assert {replace(asked, urgency="batch") for asked in batch.requests} == {options}
+    await hear(vad, batch, speech[: 3_000 * 16], options=options)
+    assert {replace(asked, urgency="batch", stream="") for asked in batch.requests} == {options}
+    assert len({asked.stream for asked in batch.requests} - {""}) == 2, "one key for each of the two streams"
