@@ -64,13 +64,15 @@ class Options:
     """What is asked of a recogniser, whole; passed on unchanged by adapters.
 
     `share` is an opaque key between whose holders an engine is fair. `temperature` None means the recogniser's own
-    default (for Whisper: the fallback ladder that starts at 0).
+    default (for Whisper: the fallback ladder that starts at 0). `context` is what was said just before, as far as it is
+    known; a recogniser that was not trained on previous text ignores it.
     """
 
     model: str = ""
     task: Literal["transcribe", "translate"] = "transcribe"
     language: str | None = None
     prompt: str | None = None
+    context: str = ""
     hotwords: tuple[str, ...] = ()
     temperature: float | None = None
     words: bool = False
@@ -164,7 +166,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """An utterance's immutable text. Its deltas concatenate to `text` unless `revised`, when `text` supersedes them."""
+    """An utterance's immutable text. Its deltas concatenate to `text` unless `revised`, when `text` supersedes them.
+    Of its partials, `coalesced` fell due while an earlier one was under way, and `dropped` came too late or failed."""
 
     utterance: int
     text: str
@@ -176,6 +179,8 @@ class Final:
     revised: bool = False
     channel: int | None = None
     speaker: str | None = None
+    coalesced: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

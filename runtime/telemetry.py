@@ -204,6 +204,9 @@ LIVE_STREAMS = _gauge("live_streams", "Live streams now open.", "protocol")
 STREAMS_ENDED = _counter("streams_ended", "Live streams ended, by WebSocket close code.", "protocol", "code")
 STREAM_SECONDS = _counter("stream_seconds", "Seconds of live audio accepted.", "protocol")
 UTTERANCES = _counter("utterances", "Utterances of live streams that got their final.")
+UNTOLD_PARTIALS = _counter(
+    "untold_partials", "Partials of live streams that were due and never told, by reason.", "reason"
+)
 FIRST_PARTIAL_SECONDS = _histogram(
     "first_partial_seconds", "From the start of an utterance to its first partial.", HUMAN
 )

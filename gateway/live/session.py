@@ -32,6 +32,7 @@ from runtime.telemetry import (
     LIVE_STREAMS,
     STREAM_SECONDS,
     STREAMS_ENDED,
+    UNTOLD_PARTIALS,
     UTTERANCES,
 )
 
@@ -241,6 +242,8 @@ class Session:
                 FINAL_SECONDS.observe(ms / 1000)
         if isinstance(event, Final):
             UTTERANCES.inc()
+            UNTOLD_PARTIALS.labels("coalesced").inc(event.coalesced)
+            UNTOLD_PARTIALS.labels("dropped").inc(event.dropped)
 
 
 async def _opening(frames: Frames, codec: Codec, timeout_s: float) -> Setup:

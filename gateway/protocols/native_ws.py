@@ -1,7 +1,6 @@
 """`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/stream.md).
 
-Resume is not offered yet: `ready` carries a null `resume_token`. `metrics` tells no dropped partials: the recogniser
-does not count them.
+Resume is not offered yet: `ready` carries a null `resume_token`.
 """
 
 from __future__ import annotations
@@ -141,6 +140,8 @@ class Native:
             "accepted_ms": intake.taken_ms,
             "lag_ms": intake.lag_ms,
             "partials": latency.sent["Partial"],
+            "coalesced_partials": latency.coalesced,
+            "dropped_partials": latency.dropped,
             "finals": latency.sent["Final"],
             "first_partial_ms": _spread(latency.first_partial),
             "final_ms": _spread(latency.final),
