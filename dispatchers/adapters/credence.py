@@ -48,8 +48,14 @@ class Memory:
     context: str = ""
 
     def options(self, given: Options, urgency: Urgency) -> Options:
-        """What to ask for next. A language that was given stays."""
-        return replace(given, language=given.language or self.language, context=self.context, urgency=urgency)
+        """What to ask for next. A language that was given stays; nobody is told when a partial's words were said."""
+        return replace(
+            given,
+            language=given.language or self.language,
+            context=self.context,
+            words=given.words and urgency == "final",
+            urgency=urgency,
+        )
 
     def note(self, transcript: Transcript) -> None:
         """Learns from a final."""

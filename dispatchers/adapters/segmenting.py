@@ -17,11 +17,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from dispatchers.adapters.credence import Memory, confidence, credible, shifted
+from dispatchers.adapters.credence import Memory
+from dispatchers.adapters.utterance import Utterance
 from dispatchers.audio.segment import Ended, Segmenter, Started
-from dispatchers.audio.stabilise import Stabiliser, normal
 from dispatchers.audio.vad import SileroVad
 from dispatchers.errors import AudioError, BackendError
 from dispatchers.interface import (
@@ -30,17 +30,14 @@ from dispatchers.interface import (
     Capabilities,
     Clear,
     Cleared,
-    Delta,
     Dispatcher,
     Event,
-    Final,
     Flush,
     Flushed,
     Gap,
     Heard,
     Options,
     Origin,
-    Partial,
     Pcm,
     Samples,
     SpeechStarted,
@@ -115,17 +112,11 @@ async def _streaming(stream: _Stream, audio: AsyncIterator[StreamInput]) -> Asyn
 
 
 @dataclass(slots=True)
-class _Utterance:
-    """An utterance under way: the task that asks for a hypothesis, the early final, whether its final (or gap) is being
-    told, and its partials that were not told (see `Final`)."""
+class _Heard(Utterance):
+    """An utterance under way: the task that asks for a hypothesis, and the early final."""
 
-    number: int
     asking: asyncio.Task[None] | None = None
     early: _Early | None = None
-    stabiliser: Stabiliser = field(default_factory=Stabiliser)
-    closed: bool = False
-    coalesced: int = 0
-    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +138,9 @@ class _Stream:
         self._vad = vad.stream()
         self._segmenter = Segmenter(options.vad)
         self._events: asyncio.Queue[Event | _Stopped] = asyncio.Queue(_EVENTS_WAITING)
-        self._answers: asyncio.Queue[tuple[_Utterance, Ended] | Event | None] = asyncio.Queue(_FINALS_WAITING)
+        self._answers: asyncio.Queue[tuple[_Heard, Ended] | Event | None] = asyncio.Queue(_FINALS_WAITING)
         self._telling = asyncio.Lock()  # one utterance's events go out together
-        self._current = _Utterance(0)  # none yet
+        self._current = _Heard(0)  # none yet
         self._partial: asyncio.Task[None] | None = None
         self._partial_due = 0  # in samples
         self._rest_until = 0.0  # on the loop's clock
@@ -202,7 +193,7 @@ class _Stream:
     async def _act(self, action: Started | Ended) -> None:
         match action:
             case Started(number, start):
-                self._current = _Utterance(number)
+                self._current = _Heard(number)
                 self._partial_due, self._rest_until = 0, 0.0
                 await self._events.put(SpeechStarted(number, to_ms(start)))
             case Ended():
@@ -222,7 +213,7 @@ class _Stream:
             await self._answers.put(Gap(to_ms(dropped.start), to_ms(dropped.end), "cleared"))
         await self._answers.put(Cleared(to_ms(self._segmenter.accepted)))
 
-    def _leave(self) -> _Utterance:
+    def _leave(self) -> _Heard:
         """The utterance being heard, which is over: a hypothesis still asked for would come too late."""
         self._drop_partial(self._current)
         return self._current
@@ -240,7 +231,7 @@ class _Stream:
         elif (heard := self._segmenter.so_far()) is not None:
             self._partial = self._current.asking = tasks.create_task(self._hypothesise(self._current, heard))
 
-    async def _hypothesise(self, utterance: _Utterance, heard: Ended) -> None:
+    async def _hypothesise(self, utterance: _Heard, heard: Ended) -> None:
         clock = asyncio.get_running_loop().time
         begun = clock()
         try:
@@ -253,25 +244,17 @@ class _Stream:
         else:
             await self._suppose(utterance, heard, transcript)
 
-    def _drop_partial(self, utterance: _Utterance) -> None:
+    def _drop_partial(self, utterance: _Heard) -> None:
         if utterance.asking is not None:
             utterance.asking.cancel()
             utterance.asking = None
             utterance.dropped += 1
 
-    async def _suppose(self, utterance: _Utterance, heard: Ended, transcript: Transcript) -> None:
+    async def _suppose(self, utterance: _Heard, heard: Ended, transcript: Transcript) -> None:
         """Tells a hypothesis, unless the utterance is over."""
-        text = normal(" ".join(segment.text for segment in transcript.segments if credible(segment)))
-        if not text:
-            return
         async with self._telling:
-            if utterance.closed:
-                return
-            delta, stable, shown = utterance.stabiliser.partial(text)
-            span = to_ms(heard.start), to_ms(heard.end)
-            if delta is not None:
-                await self._events.put(Delta(utterance.number, delta, *span))
-            await self._events.put(Partial(utterance.number, shown, stable, *span))
+            if not utterance.closed:
+                await self._tell(utterance.hypothesis(transcript, *_span(heard)))
 
     async def _recognise(self, heard: Ended, urgency: Urgency) -> Transcript | None:
         """None where the recogniser failed."""
@@ -303,34 +286,36 @@ class _Stream:
         if self._options.partials:
             tasks.create_task(self._anticipate(utterance, heard, answer))
 
-    async def _anticipate(self, utterance: _Utterance, heard: Ended, answer: asyncio.Task[Transcript | None]) -> None:
+    async def _anticipate(self, utterance: _Heard, heard: Ended, answer: asyncio.Task[Transcript | None]) -> None:
         """Until the end has come, an early final is the best hypothesis."""
         await asyncio.wait({answer})
         still_good = utterance is self._current and self._segmenter.lulled
         if still_good and not answer.cancelled() and answer.exception() is None and (found := answer.result()):
             await self._suppose(utterance, heard, found)
 
-    def _drop_early(self, utterance: _Utterance) -> None:
+    def _drop_early(self, utterance: _Heard) -> None:
         if utterance.early is not None:
             utterance.early.answer.cancel()
             utterance.early = None
 
-    async def _finish(self, utterance: _Utterance, ended: Ended) -> None:
-        span = to_ms(ended.start), to_ms(ended.end)
+    async def _finish(self, utterance: _Heard, ended: Ended) -> None:
         events: list[Event]
         try:
             transcript = await self._last_word(utterance, ended)
         except (BackendError, AudioError) as failure:
-            events = [StreamError(failure.code, failure.message, failure.retryable), Gap(*span, failure.code)]
+            events = [
+                StreamError(failure.code, failure.message, failure.retryable),
+                Gap(*_span(ended), failure.code),
+            ]
         else:
             self._memory.note(transcript)
-            events = self._final(utterance, transcript, *span)
+            options = self._options
+            events = utterance.final(transcript, *_span(ended), words=options.words, deltas=options.partials)
         async with self._telling:
             utterance.closed = True
-            for event in events:
-                await self._events.put(event)
+            await self._tell(events)
 
-    async def _last_word(self, utterance: _Utterance, ended: Ended) -> Transcript:
+    async def _last_word(self, utterance: _Heard, ended: Ended) -> Transcript:
         """The early final, if it heard the same audio and did not fail. Raises what the recogniser raises."""
         if utterance.early is not None and utterance.early.end == ended.end:
             transcript = await utterance.early.answer
@@ -339,28 +324,13 @@ class _Stream:
         self._drop_early(utterance)
         return await self._batch.transcribe(ended.audio, self._memory.options(self._options, "final"))
 
-    def _final(self, utterance: _Utterance, transcript: Transcript, start_ms: int, end_ms: int) -> list[Event]:
-        segments = [segment for segment in transcript.segments if credible(segment)]
-        doubted = len(segments) < len(transcript.segments)
-        text = normal(" ".join(segment.text for segment in segments) if doubted else transcript.text)
-        delta, revised = utterance.stabiliser.final(text)
-        final = Final(
-            utterance.number,
-            text,
-            start_ms,
-            end_ms,
-            language=transcript.language,
-            confidence=confidence(segments),
-            words=tuple(shifted(word, start_ms, end_ms) for segment in segments for word in segment.words)
-            if self._options.words
-            else (),
-            revised=revised,
-            coalesced=utterance.coalesced,
-            dropped=utterance.dropped,
-        )
-        if delta is None or not self._options.partials:
-            return [final]
-        return [Delta(utterance.number, delta, start_ms, end_ms), final]
+    async def _tell(self, events: list[Event]) -> None:
+        for event in events:
+            await self._events.put(event)
+
+
+def _span(heard: Ended) -> tuple[int, int]:
+    return to_ms(heard.start), to_ms(heard.end)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -392,7 +392,11 @@ async def test_options_go_through_unchanged(vad: SileroVad, speech: Samples):
     options = Options(language="en", prompt="names", share="t1", words=True)
     batch = Asked()
     await hear(vad, batch, speech[: 3_000 * 16], options=options)
-    assert {replace(asked, urgency="batch") for asked in batch.requests} == {options}
+    finals = [asked for asked in batch.requests if asked.urgency == "final"]
+    assert {replace(asked, urgency="batch") for asked in finals} == {options}
+    partials = [asked for asked in batch.requests if asked.urgency == "partial"]
+    assert {replace(asked, urgency="batch", words=True) for asked in partials} == {options}
+    assert not any(asked.words for asked in partials)
 
 
 async def test_the_final_is_begun_before_the_end_and_only_once(vad: SileroVad, speech: Samples):
