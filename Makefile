@@ -59,6 +59,10 @@ format: setup ## put the code in order
 bench: setup ## the gateway against bare faster-whisper, as ratios in one run
 	@$(BIN)/python -m tests.benchmarks
 
+.PHONY: bench-stream
+bench-stream: setup ## live streams at their own pace, e.g. ARGS="--streams 8 --seconds 12"
+	@$(BIN)/python -m tests.benchmarks stream $(ARGS)
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

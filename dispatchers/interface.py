@@ -64,14 +64,16 @@ class Options:
     """What is asked of a recogniser, whole; passed on unchanged by adapters.
 
     `share` is an opaque key between whose holders an engine is fair; `stream`, another, is one for each live stream: of
-    its partials only the newest may wait. `temperature` None means the recogniser's own
-    default (for Whisper: the fallback ladder that starts at 0).
+    its partials only the newest may wait. `temperature` None means the recogniser's own default (for Whisper: the
+    fallback ladder that starts at 0). `context` is what was said just before, as far as it is known; a recogniser that
+    was not trained on previous text ignores it.
     """
 
     model: str = ""
     task: Literal["transcribe", "translate"] = "transcribe"
     language: str | None = None
     prompt: str | None = None
+    context: str = ""
     hotwords: tuple[str, ...] = ()
     temperature: float | None = None
     words: bool = False
@@ -166,7 +168,8 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """An utterance's immutable text. Its deltas concatenate to `text` unless `revised`, when `text` supersedes them."""
+    """An utterance's immutable text. Its deltas concatenate to `text` unless `revised`, when `text` supersedes them.
+    Of its partials, `coalesced` fell due while an earlier one was under way, and `dropped` came too late or failed."""
 
     utterance: int
     text: str
@@ -178,6 +181,8 @@ class Final:
     revised: bool = False
     channel: int | None = None
     speaker: str | None = None
+    coalesced: int = 0
+    dropped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -207,6 +207,9 @@ STREAMS_ENDED = _counter("streams_ended", "Live streams ended, by WebSocket clos
 STREAM_RESUMES = _counter("stream_resumes", "Live sessions asked for again, by outcome.", "outcome")
 STREAM_SECONDS = _counter("stream_seconds", "Seconds of live audio accepted.", "protocol")
 UTTERANCES = _counter("utterances", "Utterances of live streams that got their final.")
+UNTOLD_PARTIALS = _counter(
+    "untold_partials", "Partials of live streams that were due and never told, by reason.", "reason"
+)
 FIRST_PARTIAL_SECONDS = _histogram(
     "first_partial_seconds", "From the start of an utterance to its first partial.", HUMAN
 )

@@ -86,11 +86,23 @@ class Segmenter:
         """Samples fed so far."""
         return self._tape.end
 
+    @property
+    def voiced_until(self) -> int:
+        """Where the newest speech of the utterance being heard ends, or 0 between utterances."""
+        return 0 if self._speech is None or self._speech.number is None else self._speech.quiet_from
+
+    @property
+    def lulled(self) -> bool:
+        """Whether the utterance being heard has been silent for `TAIL`: `so_far` is then what its end will bring,
+        unless it goes on."""
+        return self.voiced_until > 0 and self._clock - self.voiced_until >= TAIL
+
     def so_far(self) -> Ended | None:
         """The utterance being heard, as if it ended now; None if none has been announced."""
-        if self._speech is None or self._speech.number is None:
+        speech = self._speech
+        if speech is None or speech.number is None:
             return None
-        return self._utterance(self._speech.number, self._speech.start, self._tape.end)
+        return self._utterance(speech.number, speech.start, min(speech.quiet_from + TAIL, self._tape.end))
 
     def feed(self, samples: Samples, probabilities: NDArray[np.float32]) -> Iterator[Action]:
         """`probabilities` are those of the frames that `samples` completed."""
@@ -102,16 +114,17 @@ class Segmenter:
 
     def flush(self) -> Iterator[Action]:
         """Ends the utterance being heard at once; what has not been announced is dropped."""
-        speech, self._speech, self._floor = self._speech, None, self._tape.end
-        if speech is not None and speech.number is not None:
-            end = min(speech.quiet_from + TAIL, self._tape.end)
-            yield self._utterance(speech.number, speech.start, end)
+        ended = self.so_far()
+        self._speech, self._floor = None, self._tape.end
+        if ended is not None:
+            yield ended
 
     def clear(self) -> Ended | None:
-        """Drops the utterance being heard and gives it back, if it had been announced."""
-        dropped = self.so_far()
-        self._speech, self._floor = None, self._tape.end
-        return dropped
+        """Drops the utterance being heard and gives it back, if it had been announced, up to the last sample."""
+        speech, self._speech, self._floor = self._speech, None, self._tape.end
+        if speech is None or speech.number is None:
+            return None
+        return self._utterance(speech.number, speech.start, self._tape.end)
 
     def _frame(self, probability: float) -> Iterator[Action]:
         at, self._clock = self._clock, self._clock + FRAME

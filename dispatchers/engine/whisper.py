@@ -39,6 +39,7 @@ _SAMPLES_PER_FRAME = 160
 _BATCH_ON_GPU = 16
 _BATCH_ON_CPU = 1
 """Measured with the micro model (docs/benchmarks.md): little CPU is saved, and the first waits for the last."""
+_BEFORE_TOKENS = 224
 
 
 def threads(cores: int, model_bytes: int) -> tuple[int, int]:
@@ -142,19 +143,27 @@ class WhisperEngine:
         }
         if options.temperature is not None:
             settings["temperature"] = options.temperature
-        if options.prompt:
-            settings["initial_prompt"] = self._hint(options.prompt, last=True)
+        if before := self._before(options):
+            settings["initial_prompt"] = before
         if options.hotwords:
             settings["hotwords"] = self._hint(" ".join(options.hotwords))
         return settings
 
-    def _hint(self, text: str, *, last: bool = False) -> str:
+    def _before(self, options: Options) -> str:
+        """What the model is to take for the text before: the prompt, then the context, for the nearest counts most."""
+        prompt = self._hint(options.prompt or "", last=True)
+        if not options.context or not self.spec.condition_on_previous_text:
+            return prompt
+        room = _BEFORE_TOKENS - _HINT_TOKENS * (bool(prompt) + bool(options.hotwords))
+        return f"{prompt} {self._hint(options.context, room, last=True)}".strip()
+
+    def _hint(self, text: str, most: int = _HINT_TOKENS, *, last: bool = False) -> str:
         """What fits of a hint: prompt, hotwords and text share the model's 448 positions. Of a prompt its end counts
         most."""
         tokens = self._model.hf_tokenizer.encode(text, add_special_tokens=False).ids
-        if len(tokens) <= _HINT_TOKENS:
+        if len(tokens) <= most:
             return text
-        kept = tokens[-_HINT_TOKENS:] if last else tokens[:_HINT_TOKENS]
+        kept = tokens[-most:] if last else tokens[:most]
         return str(self._model.hf_tokenizer.decode(kept))
 
     def _segment(self, piece: Any, end_ms: int) -> Segment:

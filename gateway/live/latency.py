@@ -16,13 +16,16 @@ class Latency:
     """One session's. Audio times are ms on its sample clock, receipt times seconds of a steady clock, figures ms.
 
     `first_partial`: from the receipt of an utterance's first audio (pre-roll included) to its first hypothesis.
-    `final`: from the receipt of an utterance's last audio to its final.
+    `final`: from the receipt of an utterance's last audio to its final. `coalesced` and `dropped`: partials of finished
+    utterances that were due and never told (see `Final`).
     """
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         self.first_partial: deque[int] = deque(maxlen=_FIGURES)
         self.final: deque[int] = deque(maxlen=_FIGURES)
+        self.coalesced = 0
+        self.dropped = 0
         self._receipts: deque[tuple[int, float]] = deque(maxlen=_RECEIPTS)
         self._awaited: dict[int, int] = {}  # utterance announced and without hypothesis: where it starts
 
@@ -39,7 +42,9 @@ class Latency:
                 self._awaited[utterance] = start_ms
             case Partial(utterance=utterance) if utterance in self._awaited:
                 return self._figure("first_partial", self.first_partial, self._awaited.pop(utterance), now)
-            case Final(utterance=utterance, end_ms=end_ms):
+            case Final(utterance=utterance, end_ms=end_ms, coalesced=coalesced, dropped=dropped):
+                self.coalesced += coalesced
+                self.dropped += dropped
                 self._awaited.pop(utterance, None)
                 return self._figure("final", self.final, end_ms, now)
             case _:

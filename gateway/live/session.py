@@ -48,6 +48,7 @@ from runtime.telemetry import (
     LIVE_STREAMS,
     STREAM_SECONDS,
     STREAMS_ENDED,
+    UNTOLD_PARTIALS,
     UTTERANCES,
 )
 
@@ -379,6 +380,8 @@ class Session:
                 FINAL_SECONDS.observe(ms / 1000)
         if isinstance(event, Final):
             UTTERANCES.inc()
+            UNTOLD_PARTIALS.labels("coalesced").inc(event.coalesced)
+            UNTOLD_PARTIALS.labels("dropped").inc(event.dropped)
         if isinstance(event, Final | Gap):
             self._answered_ms = max(self._answered_ms, event.end_ms)
 

@@ -1,10 +1,4 @@
-"""`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/stream.md).
-
-`metrics` tells no dropped partials: the recogniser
-does not count them.
-"""
-
-from __future__ import annotations
+"""`/v1/stream`: Stenogate's own live protocol, as JSON text frames and binary audio (docs/stream.md)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -148,6 +142,8 @@ class Native:
             "accepted_ms": intake.taken_ms,
             "lag_ms": intake.lag_ms,
             "partials": latency.sent["Partial"],
+            "coalesced_partials": latency.coalesced,
+            "dropped_partials": latency.dropped,
             "finals": latency.sent["Final"],
             "first_partial_ms": _spread(latency.first_partial),
             "final_ms": _spread(latency.final),

@@ -1,4 +1,5 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
+`make bench-stream`: live streams at their own pace.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -7,22 +8,34 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, memory, together
+from tests.benchmarks import batch, memory, stream, together
 
-SECTIONS = {"batch": batch.run, "memory": memory.run, "together": together.run}
+FILES: dict[str, Callable[[Console], None]] = {"batch": batch.run, "memory": memory.run, "together": together.run}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
-    parser.add_argument("section", nargs="*", choices=[*SECTIONS, []], help="default: all")
-    console = Console(width=120)
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("section", nargs="*", choices=[*FILES, "stream", []], help=f"default: {' '.join(FILES)}")
+    live = parser.add_argument_group("stream")
+    live.add_argument("--streams", type=int, nargs="+", default=[1, 8, 24], help="at once, a run for each number")
+    live.add_argument("--seconds", type=float, default=28.0, help="of speech in each stream")
+    live.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the server")
+    live.add_argument("--events", type=Path, help="a file to add all that was heard to")
+    given = parser.parse_args()
+    console = Console(width=160)
     console.print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}\n")
-    for name in parser.parse_args().section or SECTIONS:
+    for name in given.section or FILES:
         console.rule(name, align="left")
-        SECTIONS[name](console)
+        if name == "stream":
+            settings = dict(pair.split("=", 1) for pair in given.set)
+            stream.run(console, given.streams, given.seconds, settings, given.events)
+        else:
+            FILES[name](console)
 
 
 if __name__ == "__main__":

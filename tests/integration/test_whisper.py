@@ -4,6 +4,7 @@ import csv
 import wave
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,18 @@ def test_options_reach_the_model(engine: WhisperEngine) -> None:
     text, language, _ = hear(engine, read("clip05"), options)
     assert language == "de"
     assert text
+
+
+def test_only_a_model_made_for_it_sees_what_was_said_before(engine: WhisperEngine) -> None:
+    before = Options(language="en", context="we need to cancel the address before sunday " * 100)
+    alone = Options(language="en")
+    assert hear(engine, read("clip05"), before) == hear(engine, read("clip05"), alone)
+    spec = replace(MICRO, condition_on_previous_text=True)
+    conditioned = WhisperEngine(spec, Path(MICRO.source), device="cpu", cores=1)
+    try:
+        assert hear(conditioned, read("clip05"), before)[2] != hear(conditioned, read("clip05"), alone)[2]
+    finally:
+        conditioned.close()
 
 
 def test_a_language_that_whisper_does_not_know(engine: WhisperEngine) -> None:

@@ -225,4 +225,7 @@ def test_latency_counts_from_the_receipt_of_the_audio() -> None:
     assert latency.note(Final(1, "he has", 500, 2_000, "en", 1.0), 12.25) == ("final", 250)
     assert latency.note(Final(2, "a", 2_500, 2_990, "en", 1.0), 13.5) == ("final", 500)
     assert list(latency.final) == [250, 500]
-    assert latency.sent == {"SpeechStarted": 1, "Partial": 2, "Final": 2}
+    latency.note(Final(3, "b", 2_990, 2_999, "en", 1.0, coalesced=2, dropped=1), 13.6)
+    latency.note(Final(4, "c", 2_990, 2_999, "en", 1.0, coalesced=1), 13.6)
+    assert (latency.coalesced, latency.dropped) == (3, 1)
+    assert latency.sent == {"SpeechStarted": 1, "Partial": 2, "Final": 4}

@@ -34,6 +34,7 @@ from dispatchers.interface import (
     StreamError,
     StreamInput,
     Transcript,
+    VadOptions,
     ignore,
     to_ms,
 )
@@ -219,7 +220,7 @@ async def test_a_failed_final_is_a_gap_and_the_stream_goes_on(vad: SileroVad, sp
     def answer(_: Samples, options: Options) -> str:
         nonlocal finals
         finals += options.urgency == "final"
-        if options.urgency == "final" and finals == 1:
+        if options.urgency == "final" and finals <= 2:  # the early one, and the one at the end
             raise BackendFailed
         return "well said"
 
@@ -240,7 +241,10 @@ async def test_failed_partials_cost_nothing(vad: SileroVad, speech: Samples):
         return "well said"
 
     events = await hear(vad, Asked(answer), speech[: 3_000 * 16])
-    assert [type(event) for event in events] == [SpeechStarted, Delta, Final]
+    started, early, delta, final = events
+    assert (type(started), type(early), type(delta)) == (SpeechStarted, Partial, Delta)
+    assert isinstance(final, Final)
+    assert final.dropped >= 3
 
 
 async def test_a_wrong_option_ends_the_stream_as_itself(vad: SileroVad, speech: Samples):
@@ -308,7 +312,7 @@ async def test_a_slow_partial_holds_nothing_up_and_is_never_doubled(vad: SileroV
     batch.hold("partial")
     events = await hear(vad, batch, speech[: 6_900 * 16])
     assert len(of(events, Final)) >= 2
-    assert not of(events, Partial)
+    assert {event.end_ms for event in of(events, Partial)} <= {event.end_ms for event in of(events, Final)}
     assert batch.most_at_once == {"partial": 1, "final": 1}
     assert {options.urgency for options in batch.cancelled} == {"partial"}
 
@@ -336,7 +340,9 @@ async def test_a_partial_that_comes_after_its_final_is_not_told(vad: SileroVad, 
             seen.append(event)
             if isinstance(event, Final):
                 batch.allowed.set()
-    assert [type(event) for event in seen] == [SpeechStarted, Delta, Final]
+    assert [type(event) for event in seen] == [SpeechStarted, Partial, Delta, Final]
+    assert isinstance(seen[1], Partial)
+    assert seen[1].end_ms == seen[3].end_ms, "the early final is a hypothesis; the late partial is none"
     assert "partial" in {options.urgency for options in batch.requests}
 
 
@@ -367,7 +373,7 @@ async def test_leaving_early_leaves_nothing_behind(vad: SileroVad, speech: Sampl
         assert isinstance(await anext(events), SpeechStarted)
         await until(lambda: bool(batch.requests))
     assert asyncio.all_tasks() == before
-    assert [options.urgency for options in batch.cancelled] == ["final"]
+    assert {options.urgency for options in batch.cancelled} == {"final"}
 
 
 async def test_a_cancelled_reader_leaves_nothing_behind(vad: SileroVad, speech: Samples):
@@ -386,6 +392,94 @@ async def test_options_go_through_unchanged(vad: SileroVad, speech: Samples):
     options = Options(language="en", prompt="names", share="t1", words=True)
     batch = Asked()
     await hear(vad, batch, speech[: 3_000 * 16], options=options)
+    finals = [asked for asked in batch.requests if asked.urgency == "final"]
     await hear(vad, batch, speech[: 3_000 * 16], options=options)
-    assert {replace(asked, urgency="batch", stream="") for asked in batch.requests} == {options}
+    assert {replace(asked, urgency="batch", stream="") for asked in finals} == {options}
+    partials = [asked for asked in batch.requests if asked.urgency == "partial"]
+    assert {replace(asked, urgency="batch", words=True, stream="") for asked in partials} == {options}
+    assert not any(asked.words for asked in partials)
     assert len({asked.stream for asked in batch.requests} - {""}) == 2, "one key for each of the two streams"
+
+
+async def test_the_final_is_begun_before_the_end_and_only_once(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    asked_at: list[int] = []
+    fed = 0
+
+    async def fed_slowly() -> AsyncIterator[StreamInput]:
+        nonlocal fed
+        async for item in talk(batch, speech[: 2_900 * 16]):
+            if not asked_at and any(options.urgency == "final" for options in batch.requests):
+                asked_at.append(to_ms(fed))
+            fed += len(item.samples) if isinstance(item, Pcm) else 0
+            yield item
+
+    async with Segmenting(batch, vad).stream(fed_slowly(), Options()) as events:
+        *_, final = [event async for event in events]
+    assert isinstance(final, Final)
+    assert [options.urgency for options in batch.requests].count("final") == 1
+    assert asked_at[0] < FIRST_DONE_MS + Options().vad.silence_ms, "begun while the silence is still counted"
+    assert batch.requests[-1].urgency == "final", "no partial after it"
+
+
+async def test_speech_drops_the_early_final(vad: SileroVad, speech: Samples):
+    """The pause after the first phrase begins a final, and is too short here to end the utterance."""
+    batch = Asked()
+    batch.hold("final")
+
+    async def let_go_at_the_end() -> AsyncIterator[StreamInput]:
+        async for item in talk(batch, speech[: 6_400 * 16]):
+            yield item
+        batch.gates["final"].set()
+
+    options = Options(vad=VadOptions(silence_ms=1_700))
+    async with Segmenting(batch, vad).stream(let_go_at_the_end(), options) as events:
+        (final,) = of([event async for event in events], Final)
+    assert isinstance(final, Final)
+    assert final.start_ms < FIRST_SPOKEN_MS
+    assert final.end_ms > SECOND_DONE_MS
+    assert {options.urgency for options in batch.cancelled} == {"final"}
+
+
+async def test_a_flush_in_the_pause_takes_the_early_final(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    events = await hear(vad, batch, speech[: 2_000 * 16], Flush())
+    assert isinstance(of(events, Final)[0], Final)
+    assert [options.urgency for options in batch.requests].count("final") == 1
+
+
+async def test_a_busy_recogniser_is_asked_less_often_and_the_final_says_so(vad: SileroVad, speech: Samples):
+    batch = Asked()
+    batch.hold("partial")
+    (final, *_) = of(await hear(vad, batch, speech[: 3_000 * 16]), Final)
+    assert isinstance(final, Final)
+    assert [options.urgency for options in batch.requests].count("partial") == 1
+    assert final.coalesced >= 3
+    assert final.dropped == 1
+
+
+async def test_what_was_said_and_its_language_are_remembered(vad: SileroVad, speech: Samples):
+    batch = Asked(lambda *_: "we are here now")
+    await hear(vad, batch, speech[: 9_800 * 16])
+    assert batch.requests[0].context == ""
+    assert batch.requests[0].language is None
+    last = batch.requests[-1]
+    assert last.language == "en"
+    assert last.context.startswith("we are here now we are here now")
+    given = Asked(lambda *_: "we are here now")
+    await hear(vad, given, speech[: 9_800 * 16], options=Options(language="de"))
+    assert {options.language for options in given.requests} == {"de"}
+
+
+@pytest.mark.parametrize(
+    "doubtful",
+    [
+        Segment(0, 500, "Thanks for watching", no_speech_prob=0.9, avg_logprob=-1.5),
+        Segment(0, 500, "no no no no no no", compression_ratio=2.5),
+        Segment(0, 500, "a wild guess", temperature=0.8),
+    ],
+)
+async def test_what_was_doubted_is_not_remembered(vad: SileroVad, speech: Samples, doubtful: Segment):
+    batch = Asked(lambda *_: (doubtful,))
+    await hear(vad, batch, speech[: 9_800 * 16])
+    assert {(options.context, options.language) for options in batch.requests} == {("", None)}

@@ -18,6 +18,17 @@ def test_what_two_hypotheses_agree_on_is_firm_but_for_the_newest_word():
     assert stabiliser.final("we need to cancel the") == (" cancel the", False)
 
 
+def test_after_the_first_words_the_newest_three_need_a_third_hypothesis():
+    stabiliser = Stabiliser()
+    stabiliser.partial("we need")
+    assert stabiliser.partial("we need")[0] == "we"
+    assert stabiliser.partial("we need to cancel the address book")[0] == " need"
+    assert stabiliser.partial("we need to cancel the address book")[0] == " to cancel"
+    assert stabiliser.partial("we need to cancel the address book for")[0] == " the address book"
+    assert stabiliser.partial("we need to cancel the address book for four")[0] is None
+    assert stabiliser.partial("we need to cancel the address book for four")[0] == " for"
+
+
 def test_firm_text_is_shown_even_when_a_hypothesis_leaves_it():
     stabiliser = Stabiliser()
     stabiliser.partial("we need to go")

@@ -1,0 +1,66 @@
+"""What of a transcript is believed, and what a stream remembers of what it believed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dispatchers.interface import Options, Segment, Transcript, Urgency, Word
+
+# Radford et al. 2022, section 4.5
+_NO_SPEECH = 0.6
+_IMPROBABLE = -1.0
+_REPETITIVE = 2.4
+_TOO_HOT = 0.5
+
+_SURE = 0.6
+_SURE_WORDS = 3
+_CONTEXT_CHARACTERS = 1_000
+"""About 224 tokens of English, which is what Whisper was trained to take (the engine cuts to tokens)."""
+
+
+def credible(segment: Segment) -> bool:
+    """False for what Whisper typically makes of silence, and for loops."""
+    silent = segment.no_speech_prob > _NO_SPEECH and segment.avg_logprob < _IMPROBABLE
+    return not silent and segment.compression_ratio <= _REPETITIVE
+
+
+def confidence(segments: list[Segment]) -> float:
+    """The words' mean confidence, or the tokens' mean probability where there are no words; 0 for no text."""
+    figures = [word.confidence for segment in segments for word in segment.words]
+    figures = figures or [math.exp(min(segment.avg_logprob, 0.0)) for segment in segments]
+    return float(np.mean(figures)) if figures else 0.0
+
+
+def shifted(word: Word, start_ms: int, end_ms: int) -> Word:
+    """From the utterance's clock to the stream's, within the utterance."""
+    return replace(word, start_ms=min(start_ms + word.start_ms, end_ms), end_ms=min(start_ms + word.end_ms, end_ms))
+
+
+@dataclass(slots=True)
+class Memory:
+    """What a stream's finals have told about what comes next: its language, once one was sure enough, and the last
+    text. What was not believed is not remembered; nor is, as in Whisper itself, what only a high temperature gave."""
+
+    language: str | None = None
+    context: str = ""
+
+    def options(self, given: Options, urgency: Urgency) -> Options:
+        """What to ask for next. A language that was given stays; nobody is told when a partial's words were said."""
+        return replace(
+            given,
+            language=given.language or self.language,
+            context=self.context,
+            words=given.words and urgency == "final",
+            urgency=urgency,
+        )
+
+    def note(self, transcript: Transcript) -> None:
+        """Learns from a final."""
+        segments = [segment for segment in transcript.segments if credible(segment) and segment.temperature <= _TOO_HOT]
+        said = " ".join(segment.text for segment in segments).split()
+        self.context = " ".join([*self.context.split(), *said])[-_CONTEXT_CHARACTERS:]
+        if self.language is None and len(said) >= _SURE_WORDS and confidence(segments) >= _SURE:
+            self.language = transcript.language

@@ -1,0 +1,51 @@
+"""One utterance's text as it goes out: hypotheses, then the final."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dispatchers.adapters.credence import confidence, credible, shifted
+from dispatchers.audio.stabilise import Stabiliser, normal
+from dispatchers.interface import Delta, Event, Final, Partial, Transcript
+
+
+@dataclass(slots=True)
+class Utterance:
+    """`closed` once its final or gap is being told; `coalesced` and `dropped` are its untold partials (see `Final`).
+    Times are in ms of the stream."""
+
+    number: int
+    closed: bool = False
+    coalesced: int = 0
+    dropped: int = 0
+    _stabiliser: Stabiliser = field(default_factory=Stabiliser)
+
+    def hypothesis(self, transcript: Transcript, start_ms: int, end_ms: int) -> list[Event]:
+        """What a transcript of the utterance so far gives to tell."""
+        text = normal(" ".join(segment.text for segment in transcript.segments if credible(segment)))
+        if not text:
+            return []
+        delta, stable, shown = self._stabiliser.partial(text)
+        partial = Partial(self.number, shown, stable, start_ms, end_ms)
+        return [partial] if delta is None else [Delta(self.number, delta, start_ms, end_ms), partial]
+
+    def final(self, transcript: Transcript, start_ms: int, end_ms: int, *, words: bool, deltas: bool) -> list[Event]:
+        """What the transcript of all of it gives to tell."""
+        segments = [segment for segment in transcript.segments if credible(segment)]
+        doubted = len(segments) < len(transcript.segments)
+        text = normal(" ".join(segment.text for segment in segments) if doubted else transcript.text)
+        delta, revised = self._stabiliser.final(text)
+        timed = (shifted(word, start_ms, end_ms) for segment in segments for word in segment.words)
+        final = Final(
+            self.number,
+            text,
+            start_ms,
+            end_ms,
+            language=transcript.language,
+            confidence=confidence(segments),
+            words=tuple(timed) if words else (),
+            revised=revised,
+            coalesced=self.coalesced,
+            dropped=self.dropped,
+        )
+        return [final] if delta is None or not deltas else [Delta(self.number, delta, start_ms, end_ms), final]
