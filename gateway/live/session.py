@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import structlog
 
 from dispatchers.dispatch import Door, Live
-from dispatchers.errors import BackendTimeout, Overloaded
+from dispatchers.errors import AudioError, BackendTimeout, Overloaded
 from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Pcm, StreamInput
 from gateway.errors import close_code, known
 from gateway.live.codec import Codec, Metrics, Ping, Setup, Stop, Unknown
@@ -199,7 +199,14 @@ class Session:
     async def _audio(self) -> AsyncIterator[StreamInput]:
         """What the recogniser pulls: everything received, up to the longest session."""
         await self._known.wait()
-        room = self._longest_ms * SAMPLES_PER_MS
+        try:
+            async for item in self._within(self._longest_ms * SAMPLES_PER_MS):
+                yield item
+        except AudioError as error:  # what could be decoded before is answered
+            self._end(error)
+
+    async def _within(self, room: int) -> AsyncIterator[StreamInput]:
+        """What was received, up to so many samples."""
         async for item in self._intake.items():
             if not isinstance(item, Pcm):
                 yield item

@@ -1,0 +1,70 @@
+"""PCM in RIFF/WAVE, as a stream: its sizes are claims, and a live one's are often wrong."""
+
+from __future__ import annotations
+
+import struct
+
+from dispatchers.audio.demux import Header, Source, Steps
+from dispatchers.errors import NotAudio
+
+_FORMAT = struct.Struct("<HHIIHH")
+_EXTENSIBLE, _SUBFORMAT_AT = 0xFFFE, 24
+_CODECS = {
+    (1, 8): "pcm_u8",
+    (1, 16): "pcm_s16le",
+    (1, 24): "pcm_s24le",
+    (1, 32): "pcm_s32le",
+    (3, 32): "pcm_f32le",
+    (6, 8): "pcm_alaw",
+    (7, 8): "pcm_mulaw",
+}
+_ENDLESS = range(0x7FFF_F000, 0x1_0000_0000)
+_PIECE = 16 * 1024
+
+
+def wav(source: Source) -> Steps:
+    """Pieces of whole samples. A length of nothing, or of 2 GiB and more, means: to the end."""
+    riff = yield from source.take(12)
+    if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+        raise NotAudio("The stream is no WAV.")
+    whole = 0  # bytes of one sample of all channels
+    while True:
+        kind, size = struct.unpack("<4sI", (yield from source.take(8)))
+        if kind == b"data":
+            break
+        if kind == b"fmt ":
+            header, whole = _header((yield from source.take(size)))
+            yield header
+            size = 0 if size % 2 == 0 else 1
+            yield from source.skip(size)
+        else:
+            yield from source.skip(size + size % 2)
+    if not whole:
+        raise NotAudio("The stream's WAV has no format.")
+    left = None if size == 0 or size in _ENDLESS else size
+    while left is None or left >= whole:
+        room = _PIECE if left is None else min(_PIECE, left)
+        here = min(len(source.held), room) // whole * whole
+        if here:
+            if left is not None:
+                left -= here
+            yield source.pop(here)
+        elif source.ended:
+            return
+        else:
+            yield None
+    while not source.ended:  # what follows the audio says nothing
+        source.pop(len(source.held))
+        yield None
+
+
+def _header(content: bytes) -> tuple[Header, int]:
+    if len(content) < _FORMAT.size:
+        raise NotAudio("The stream's WAV header is damaged.")
+    tag, channels, rate, _, whole, bits = _FORMAT.unpack_from(content)
+    if tag == _EXTENSIBLE:
+        tag = int.from_bytes(content[_SUBFORMAT_AT : _SUBFORMAT_AT + 2], "little")
+    codec = _CODECS.get((tag, bits))
+    if codec is None or whole != channels * bits // 8 or not whole:
+        raise NotAudio("The stream's WAV is of a kind that is not supported.")
+    return Header(codec, rate, channels), whole
