@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -76,7 +76,7 @@ class _Codec:
         import av
 
         _check(header.channels, header.rate)
-        self._context: AudioCodecContext = av.CodecContext.create(header.codec, "r")
+        self._context = cast("AudioCodecContext", av.CodecContext.create(header.codec, "r"))
         self._context.thread_count = 1
         if header.extradata:
             self._context.extradata = header.extradata

@@ -79,8 +79,14 @@ class Source:
                 raise CutOff
             yield None
 
+    def drain(self) -> Generator[None, None, None]:
+        """Leaves out all that is still to come."""
+        while not self.ended:
+            self._bytes.clear()
+            yield None
 
-class CutOff(Exception):  # noqa: N818 — an end like another, never seen outside
+
+class CutOff(Exception):
     """The stream ended within an element."""
 
 

@@ -15,6 +15,7 @@ from dispatchers.audio.resample import Resampler
 from dispatchers.interface import SAMPLE_RATE, Samples
 
 Encoding: TypeAlias = Literal["pcm_s16le", "mulaw", "alaw", "opus", "flac", "wav", "mp3"]
+Channels: TypeAlias = Literal[1, 2]
 
 _TELEPHONE_RATE = 8_000
 _CONTAINER_BYTES_PER_S: dict[str, int] = {"opus": 4_000, "flac": 40_000, "wav": 64_000, "mp3": 8_000}
@@ -27,7 +28,7 @@ class Wire:
 
     encoding: Encoding
     rate: int | None
-    channels: int | None = 1
+    channels: Channels | None = 1
 
     @property
     def contained(self) -> bool:
@@ -46,7 +47,7 @@ class Wire:
         return self.rate * self.sample_bytes
 
     @classmethod
-    def of(cls, encoding: Encoding, rate: int | None = None, channels: int = 1) -> Wire:
+    def of(cls, encoding: Encoding, rate: int | None = None, channels: Channels = 1) -> Wire:
         """With the encoding's own rate where none is given, and neither rate nor channels for a container."""
         if encoding in _CONTAINER_BYTES_PER_S:
             return cls(encoding, None, None)

@@ -30,9 +30,7 @@ def mp3(source: Source) -> Steps:
             yield header
             told = True
         yield (yield from source.take(size))
-    while not source.ended:
-        source.pop(len(source.held))
-        yield None
+    yield from source.drain()
 
 
 def _frame(head: bytes) -> tuple[Header, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 from dispatchers.audio.demux import LARGEST, Header, Source, Steps
 from dispatchers.errors import NotAudio
@@ -16,8 +17,7 @@ def ogg(source: Source) -> Steps:
     """The packets of the first Opus stream; a chained one follows with a header of its own. Checksums are not checked:
     what comes over TCP comes whole."""
     chosen: int | None = None
-    begun = b""  # a packet whose end is on a later page
-    tags = False
+    packets = _Packets()
     while source.held or not source.ended:
         capture, version, flags, _, serial, _, _, segments = _PAGE.unpack((yield from source.take(_PAGE.size)))
         if capture != b"OggS" or version:
@@ -25,26 +25,33 @@ def ogg(source: Source) -> Steps:
         lacing = yield from source.take(segments)
         body = yield from source.take(sum(lacing))
         if flags & _FIRST and body.startswith(b"OpusHead"):
-            chosen, begun, tags = serial, b"", True
+            chosen, packets = serial, _Packets()
             yield opus_header(body)
-            continue
-        if serial != chosen:
-            continue
-        if not flags & _CONTINUED:
-            begun = b""
-        at = 0
+        elif serial == chosen:
+            yield from packets.of(lacing, body, continued=bool(flags & _CONTINUED))
+
+
+class _Packets:
+    """One stream's, after its header: the first holds tags and is left out."""
+
+    def __init__(self) -> None:
+        self._begun = b""  # its end is on a later page
+        self._tags = True
+
+    def of(self, lacing: bytes, body: bytes, *, continued: bool) -> Iterator[bytes]:
+        """Those that end on this page."""
+        begun, at = self._begun if continued else b"", 0
         for length in lacing:
             begun += body[at : at + length]
             at += length
-            if len(begun) > LARGEST:
-                raise NotAudio("The stream has a packet that is too large.")
             if length == _FULL_SEGMENT:
                 continue
-            packet, begun = begun, b""
-            if tags:  # the second packet of every stream
-                tags = False
-            elif packet:
-                yield packet
+            if begun and not self._tags:
+                yield begun
+            begun, self._tags = b"", False
+        if len(begun) > LARGEST:
+            raise NotAudio("The stream has a packet that is too large.")
+        self._begun = begun
 
 
 def opus_header(head: bytes) -> Header:

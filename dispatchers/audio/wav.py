@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 from dispatchers.audio.demux import Header, Source, Steps
 from dispatchers.errors import NotAudio
 
+_CHUNK = struct.Struct("<4sI")
 _FORMAT = struct.Struct("<HHIIHH")
 _EXTENSIBLE, _SUBFORMAT_AT = 0xFFFE, 24
 _CODECS = {
@@ -29,33 +31,30 @@ def wav(source: Source) -> Steps:
         raise NotAudio("The stream is no WAV.")
     whole = 0  # bytes of one sample of all channels
     while True:
-        kind, size = struct.unpack("<4sI", (yield from source.take(8)))
+        kind, size = _CHUNK.unpack((yield from source.take(_CHUNK.size)))
         if kind == b"data":
             break
         if kind == b"fmt ":
-            header, whole = _header((yield from source.take(size)))
+            header, whole = _header((yield from source.peek(size)))
             yield header
-            size = 0 if size % 2 == 0 else 1
-            yield from source.skip(size)
-        else:
-            yield from source.skip(size + size % 2)
+        yield from source.skip(size + size % 2)
     if not whole:
         raise NotAudio("The stream's WAV has no format.")
-    left = None if size == 0 or size in _ENDLESS else size
-    while left is None or left >= whole:
-        room = _PIECE if left is None else min(_PIECE, left)
-        here = min(len(source.held), room) // whole * whole
+    yield from _audio(source, whole, sys.maxsize if size == 0 or size in _ENDLESS else size)
+    yield from source.drain()  # what follows the audio says nothing
+
+
+def _audio(source: Source, whole: int, left: int) -> Steps:
+    """Up to `left` bytes of samples of so many."""
+    while left >= whole:
+        here = min(len(source.held), left, _PIECE) // whole * whole
         if here:
-            if left is not None:
-                left -= here
+            left -= here
             yield source.pop(here)
         elif source.ended:
             return
         else:
             yield None
-    while not source.ended:  # what follows the audio says nothing
-        source.pop(len(source.held))
-        yield None
 
 
 def _header(content: bytes) -> tuple[Header, int]:

@@ -23,31 +23,35 @@ def webm(source: Source) -> Steps:
     if (yield from _number(source, keep_marker=True)) != _EBML:
         raise NotAudio("The stream is no WebM.")
     yield from source.skip((yield from _size(source)))
+    header, number = None, 0
     track: dict[int, bytes] = {}
-    header: Header | None = None
     while source.held or not source.ended:
-        kind = yield from _number(source, keep_marker=True)
+        kind, content = yield from _element(source)
         if kind in (_TRACK, _CLUSTER) and header is None:
-            header = _opus(track)
+            header, number = _opus(track), int.from_bytes(track.get(_TRACK_NUMBER, b""), "big")
             if header is not None:
                 yield header
             elif kind == _CLUSTER:
                 raise NotAudio("The stream has no Opus track.")
-            else:
-                track = {}
+            track = {}
+        elif kind in (_SIMPLE_BLOCK, _BLOCK):
+            if header is not None and (packet := _packet(content, number)):
+                yield packet
+        else:
+            track[kind] = content
+
+
+def _element(source: Source) -> Generator[None, None, tuple[int, bytes]]:
+    """The next that is entered (of which nothing is read) or read."""
+    while True:
+        kind = yield from _number(source, keep_marker=True)
         if kind in _ENTERED:
             yield from _number(source)
-            continue
+            return kind, b""
         size = yield from _size(source)
-        if kind not in _READ:
-            yield from source.skip(size)
-            continue
-        content = yield from source.take(size)
-        if kind not in (_SIMPLE_BLOCK, _BLOCK):
-            if header is None:
-                track[kind] = content
-        elif header is not None and (packet := _packet(content, int.from_bytes(track.get(_TRACK_NUMBER, b""), "big"))):
-            yield packet
+        if kind in _READ:
+            return kind, (yield from source.take(size))
+        yield from source.skip(size)
 
 
 def _opus(track: dict[int, bytes]) -> Header | None:

@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -85,7 +86,7 @@ async def heard(encoding: str, *pieces: bytes) -> Samples:
 
 def cut(data: bytes, *at: int) -> Iterator[bytes]:
     edges = [0, *sorted(place % len(data) for place in at), len(data)]
-    return (data[start:end] for start, end in zip(edges, edges[1:], strict=False))
+    return (data[start:end] for start, end in pairwise(edges))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,7 +132,7 @@ def test_garbage_in_the_middle_is_refused_or_heard_but_never_more(kind: str, at:
     """Never a hang, no error but ours, and not much more audio than the bytes could hold."""
     encoding, whole = KINDS[kind][0], stream(kind)[0]
     at %= len(whole)
-    bad = whole[:at] + random.Random(seed).randbytes(length) + whole[at:]  # noqa: S311
+    bad = whole[:at] + random.Random(seed).randbytes(length) + whole[at:]
     try:
         sound = asyncio.run(heard(encoding, *cut(bad, at, at + length)))
     except AudioError as error:
@@ -183,7 +184,16 @@ async def test_a_few_bytes_that_unfold_to_hours_come_a_second_at_a_time():
 
 
 def page(flags: int, lacing: bytes, body: bytes, serial: int = 7) -> bytes:
-    return b"OggS\0" + bytes([flags]) + bytes(8) + serial.to_bytes(4, "little") + bytes(8) + bytes([len(lacing)]) + lacing + body
+    return (
+        b"OggS\0"
+        + bytes([flags])
+        + bytes(8)
+        + serial.to_bytes(4, "little")
+        + bytes(8)
+        + bytes([len(lacing)])
+        + lacing
+        + body
+    )
 
 
 def test_a_packet_may_span_pages_and_other_streams_are_left_out():
