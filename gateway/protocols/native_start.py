@@ -46,7 +46,7 @@ class Start(BaseModel):
     type: Literal["start"] = "start"
     encoding: Encoding = "pcm_s16le"
     sample_rate: int | None = Field(None, ge=RATES_HZ.start, lt=RATES_HZ.stop)
-    channels: Literal[1, 2] = 1
+    channels: int = Field(1, ge=1, le=2)
     language: str | None = None
     model: str | None = Field(None, min_length=1, max_length=200, pattern=_NO_NUL)
     backend_preference: Preference = "any"
@@ -80,7 +80,7 @@ class Start(BaseModel):
 
     @property
     def wire(self) -> Wire:
-        return Wire.of(self.encoding, self.sample_rate, self.channels)
+        return Wire.of(self.encoding, self.sample_rate, 2 if self.channels == 2 else 1)
 
     def setup(self, request_id: str) -> Setup:
         """The same in the words of those who do the work."""
