@@ -54,6 +54,7 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
     finally:
         for dispatcher in backends.values():
             await dispatcher.aclose()
+        vad.close()
         await authenticator.aclose()
 
 

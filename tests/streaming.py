@@ -9,13 +9,15 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.http11 import Response
 
 from dispatchers.audio.decode import load
-from dispatchers.interface import Samples
+from dispatchers.interface import SAMPLE_RATE, Samples
 from tests.server import SAMPLES, Served
 
 EVER_S = 30.0
@@ -27,6 +29,28 @@ def clip(name: str) -> tuple[Samples, str]:
     """A sample of the micro model and what is said in it."""
     rows = [line.split("\t") for line in (SAMPLES / "transcripts.tsv").read_text().splitlines()[1:]]
     return load(SAMPLES / name), next(row[-1] for row in rows if row[0] == name)
+
+
+def encoded(samples: Samples, form: str, codec: str, rate: int) -> bytes:
+    """The samples as FFmpeg's muxer `form` writes them to a socket."""
+
+    class Sink:
+        def __init__(self) -> None:
+            self.data = bytearray()
+
+        def write(self, data: bytes) -> int:
+            self.data += data
+            return len(data)
+
+    sink = Sink()
+    with av.open(sink, "w", format=form) as container:
+        out: Any = container.add_stream(codec, rate=rate)
+        out.layout = "mono"
+        frame = av.AudioFrame.from_ndarray(samples[np.newaxis], format="s16", layout="mono")
+        frame.sample_rate = SAMPLE_RATE
+        container.mux(out.encode(frame))
+        container.mux(out.encode(None))
+    return bytes(sink.data)
 
 
 @dataclass

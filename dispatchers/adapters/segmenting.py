@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from uuid import uuid4
@@ -52,7 +51,6 @@ from dispatchers.interface import (
 
 _EVENTS_WAITING = 64
 _FINALS_WAITING = 4
-_VAD_THREADS = 2
 _BITE = SAMPLE_RATE  # samples looked at in one go, however much comes at once
 
 
@@ -69,7 +67,6 @@ class Segmenting:
         self._batch = batch
         self._vad = vad
         self._interval = partial_interval_ms * SAMPLES_PER_MS
-        self._threads = ThreadPoolExecutor(_VAD_THREADS, "vad")
 
     @property
     def capabilities(self) -> Capabilities:
@@ -85,10 +82,9 @@ class Segmenting:
         self, audio: AsyncIterator[StreamInput], options: Options
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         options = replace(options, stream=uuid4().hex)
-        return _streaming(_Stream(self._batch, self._vad, self._threads, self._interval, options), audio)
+        return _streaming(_Stream(self._batch, self._vad, self._interval, options), audio)
 
     async def aclose(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
         await self._batch.aclose()
 
 
@@ -132,11 +128,10 @@ class _Early:
 class _Stream:
     """The state of one stream."""
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, threads: ThreadPoolExecutor, interval: int, options: Options):
+    def __init__(self, batch: Dispatcher, vad: SileroVad, interval: int, options: Options):
         self._batch = batch
         self._options = options
         self._interval = interval
-        self._threads = threads
         self._vad = vad.stream()
         self._segmenter = Segmenter(options.vad)
         self._events: asyncio.Queue[Event | _Stopped] = asyncio.Queue(_EVENTS_WAITING)
@@ -182,8 +177,7 @@ class _Stream:
         await self._answers.put(None)
 
     async def _hear(self, samples: Samples, tasks: asyncio.TaskGroup) -> None:
-        loop = asyncio.get_running_loop()
-        probabilities = await loop.run_in_executor(self._threads, self._vad.feed, samples)
+        probabilities = await self._vad.feed(samples)
         for action in self._segmenter.feed(samples, probabilities):
             await self._act(action)
         if self._segmenter.lulled:

@@ -1,36 +1,57 @@
-"""Live audio in the encodings that a caller's socket carries, made samples at 16 kHz."""
+"""Live audio in the encodings that a caller's socket carries, made mono samples at 16 kHz."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dispatchers.audio.container import ContainerDecoder
 from dispatchers.audio.resample import Resampler
 from dispatchers.interface import SAMPLE_RATE, Samples
 
-Encoding: TypeAlias = Literal["pcm_s16le", "mulaw", "alaw"]
+Encoding: TypeAlias = Literal["pcm_s16le", "mulaw", "alaw", "opus", "flac", "wav", "mp3"]
+Channels: TypeAlias = Literal[1, 2]
 
 _TELEPHONE_RATE = 8_000
+_CONTAINER_BYTES_PER_S: dict[str, int] = {"opus": 4_000, "flac": 40_000, "wav": 64_000, "mp3": 8_000}
 
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How audio comes in: mono, `rate` samples per second."""
+    """How audio comes in: samples per second and channels, which are None for a container: its header tells them.
+    Channels are mixed down."""
 
     encoding: Encoding
-    rate: int
+    rate: int | None
+    channels: Channels | None = 1
+
+    @property
+    def contained(self) -> bool:
+        return self.rate is None
 
     @property
     def sample_bytes(self) -> int:
-        return 2 if self.encoding == "pcm_s16le" else 1
+        """Of all channels; of no meaning for a container."""
+        return (2 if self.encoding == "pcm_s16le" else 1) * (self.channels or 1)
 
     @property
     def bytes_per_s(self) -> int:
+        """For a container what is usual for speech."""
+        if self.rate is None:
+            return _CONTAINER_BYTES_PER_S[self.encoding]
         return self.rate * self.sample_bytes
+
+    @classmethod
+    def of(cls, encoding: Encoding, rate: int | None = None, channels: Channels = 1) -> Wire:
+        """With the encoding's own rate where none is given, and neither rate nor channels for a container."""
+        if encoding in _CONTAINER_BYTES_PER_S:
+            return cls(encoding, None, None)
+        return cls(encoding, rate or cls.default_rate(encoding), channels)
 
     @classmethod
     def default_rate(cls, encoding: Encoding) -> int:
@@ -47,24 +68,31 @@ class LiveDecoder:
         self._half = b""
 
     @classmethod
-    async def open(cls, wire: Wire) -> LiveDecoder:
+    async def open(cls, wire: Wire) -> LiveDecoder | ContainerDecoder:
         """Raises `UnsupportedAudio` for a rate that is none."""
-        return cls(wire, await asyncio.to_thread(Resampler, wire.rate))
+        if wire.rate is None:
+            return ContainerDecoder(wire.encoding)
+        return cls(wire, await asyncio.to_thread(Resampler, wire.rate, wire.channels or 1))
 
-    async def feed(self, data: bytes) -> Samples:
+    async def feed(self, data: bytes) -> AsyncIterator[Samples]:
         """What can be given out so far."""
         data = self._half + data
         whole = len(data) - len(data) % self._wire.sample_bytes
         self._half = data[whole:]
         if self._wire == _PLAIN:
-            return self._resampler.feed(data[:whole])
-        return await asyncio.to_thread(self._convert, data[:whole])
+            yield self._resampler.feed(data[:whole])
+        else:
+            yield await asyncio.to_thread(self._convert, data[:whole])
 
     async def flush(self) -> Samples:
         """What the resampling filter still holds."""
         if self._wire == _PLAIN:
             return self._resampler.flush()
         return await asyncio.to_thread(self._resampler.flush)
+
+    async def end(self) -> AsyncIterator[Samples]:
+        """The same at the end of the audio."""
+        yield await self.flush()
 
     def _convert(self, data: bytes) -> Samples:
         match self._wire.encoding:

@@ -1,8 +1,8 @@
-"""Live PCM at the caller's rate, made 16 kHz without seams between messages."""
+"""Live PCM at the caller's rate, made mono at 16 kHz without seams between messages."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -17,32 +17,35 @@ _SAMPLE_BYTES = 2
 
 
 class Resampler:
-    """Takes mono `pcm_s16le` at `rate` Hz (8 000 to 48 000, else `UnsupportedAudio`) in byte strings of any length and
-    gives samples at 16 kHz. An odd byte waits for its other half; the filter's memory reaches across messages."""
+    """Takes `pcm_s16le` at `rate` Hz (8 000 to 48 000, else `UnsupportedAudio`) in byte strings of any length and gives
+    samples at 16 kHz; of two channels, their mean. An incomplete sample waits for its rest; the filter's memory reaches
+    across messages."""
 
-    def __init__(self, rate: int):
+    def __init__(self, rate: int, channels: Literal[1, 2] = 1):
         if rate not in RATES_HZ:
             raise UnsupportedAudio(f"The sample rate must be between {RATES_HZ[0]} and {RATES_HZ[-1]} Hz.")
         self._rate = rate
+        self._layout = "mono" if channels == 1 else "stereo"
+        self._sample_bytes = _SAMPLE_BYTES * channels
         self._odd = b""
-        self._converter = None if rate == SAMPLE_RATE else _converter()
+        self._converter = None if rate == SAMPLE_RATE and channels == 1 else _converter()
 
     def feed(self, data: bytes) -> Samples:
         """What can be given out so far; the last few samples stay in the filter until the next call."""
         from av import AudioFrame
 
         data = self._odd + data
-        whole = len(data) - len(data) % _SAMPLE_BYTES
+        whole = len(data) - len(data) % self._sample_bytes
         self._odd = data[whole:]
         samples = np.frombuffer(data[:whole], dtype="<i2").astype(np.int16, copy=False)
         if self._converter is None or not len(samples):
             return samples
-        frame = AudioFrame.from_ndarray(samples[np.newaxis], format="s16", layout="mono")
+        frame = AudioFrame.from_ndarray(samples[np.newaxis], format="s16", layout=self._layout)
         frame.sample_rate = self._rate
         return _joined(self._converter.resample(frame))
 
     def flush(self) -> Samples:
-        """The filter's remainder. A last half sample is dropped. The resampler is fresh afterwards."""
+        """The filter's remainder. A last incomplete sample is dropped. The resampler is fresh afterwards."""
         self._odd = b""
         if self._converter is None:
             return np.empty(0, np.int16)

@@ -1,14 +1,26 @@
-"""Voice activity: the Silero model, run incrementally by onnxruntime and numpy.
+"""Voice activity: the Silero model, run incrementally by onnxruntime and numpy, for many streams together.
 
 The model file comes from the `silero-vad` wheel, whose own code (which needs torch) is never imported. Each call sees
 the last 64 samples of the frame before it: without them the model silently hears nothing.
+
+One thread serves every stream in rounds: it takes up to `_BATCH` pieces of audio that wait, a few frames of each, and
+runs the model over the first frames of all of them, then the second, and so on. A frame in a batch of 16 costs about
+two fifths of what it costs alone. Rounds start a little apart, so that batches fill when there are many streams; a
+lone stream never waits.
 """
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +34,29 @@ if TYPE_CHECKING:
 FRAME = 512
 """Samples per probability: 32 ms."""
 
+Probabilities: TypeAlias = NDArray[np.float32]
+
 _CONTEXT = 64
-_STATE_SHAPE = (2, 1, 128)
+_STATE = (2, 128)
 _MODEL = "silero_vad_16k_op15.onnx"
 _FULL_SCALE = np.float32(32_768)
+_RATE = np.array(SAMPLE_RATE, np.int64)
+
+_BATCH = 32
+_TURN = 4  # frames of one piece in a round: all of a message of 100 ms
+_APART_S = 0.008
 
 
 class SileroVad:
-    """One loaded model, shared by every stream of the process; safe to use from several threads."""
+    """One loaded model, shared by every stream of the process. Its thread starts with the first audio."""
 
     def __init__(self, session: InferenceSession):
         self._session = session
+        self._thread = ThreadPoolExecutor(1, "vad")
+        self._lock = threading.Lock()
+        self._waiting: deque[_Piece] = deque()  # at most one for each stream
+        self._awake = False
+        self._not_before = 0.0
 
     @classmethod
     def load(cls) -> SileroVad:
@@ -49,31 +73,122 @@ class SileroVad:
 
     def stream(self) -> VadStream:
         """A fresh state, for one stream of audio."""
-        return VadStream(self._session)
+        return VadStream(self)
+
+    def close(self) -> None:
+        """Ends the thread once what was asked is answered. No stream is to be fed afterwards."""
+        self._thread.shutdown(wait=False)
+
+    def ask(self, piece: _Piece) -> None:
+        """Puts a piece in line; bookkeeping only."""
+        with self._lock:
+            self._waiting.append(piece)
+            if not self._awake:
+                self._thread.submit(self._work)
+                self._awake = True
+
+    # --- in the thread ---
+
+    def _work(self) -> None:
+        """Rounds until nothing waits."""
+        unfinished = False
+        while True:
+            if not unfinished:
+                time.sleep(max(0.0, self._not_before - time.monotonic()))
+            self._not_before = time.monotonic() + _APART_S
+            with self._lock:
+                batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
+                if not batch:
+                    self._awake = False
+                    return
+            unfinished = self._round([piece for piece in batch if not piece.answer.cancelled()])
+
+    def _round(self, batch: list[_Piece]) -> bool:
+        """A turn of each piece, answered if it was the last; whether pieces were left unfinished."""
+        if not batch:
+            return False
+        try:
+            self._hear(batch)
+        except Exception as exc:  # noqa: BLE001 — raised where the streams wait
+            _tell(batch, exc)
+            return False
+        _tell([piece for piece in batch if not piece.left])
+        unfinished = [piece for piece in batch if piece.left]
+        with self._lock:
+            self._waiting.extend(unfinished)
+        return bool(unfinished)
+
+    def _hear(self, batch: list[_Piece]) -> None:
+        batch.sort(key=lambda piece: piece.left, reverse=True)  # those with fewer frames drop out at the end
+        turns = [min(piece.left, _TURN) for piece in batch]
+        state = np.stack([piece.state for piece in batch], axis=1)
+        for step in range(turns[0]):
+            going = batch[: sum(turn > step for turn in turns)]
+            windows = np.stack([piece.window() for piece in going]) / _FULL_SCALE
+            inputs = {"input": windows, "state": np.ascontiguousarray(state[:, : len(going)]), "sr": _RATE}
+            probabilities, state[:, : len(going)] = self._session.run(None, inputs)
+            for piece, probability in zip(going, probabilities[:, 0], strict=True):
+                piece.said.append(probability)
+        for at, piece in enumerate(batch):
+            piece.state = state[:, at].copy()
 
 
 class VadStream:
-    """One stream's state. Not to be used from two threads at once."""
+    """One stream's state."""
 
-    def __init__(self, session: InferenceSession):
-        self._session = session
-        self._state = np.zeros(_STATE_SHAPE, np.float32)
-        self._window = np.zeros((1, _CONTEXT + FRAME), np.float32)
-        self._rate = np.array(SAMPLE_RATE, np.int64)
-        self._rest: Samples = np.empty(0, np.int16)
+    def __init__(self, vad: SileroVad):
+        self._vad = vad
+        self._state = np.zeros(_STATE, np.float32)
+        self._rest: Samples = np.zeros(_CONTEXT, np.int16)  # the context, then what has not filled a frame
 
-    def feed(self, samples: Samples) -> NDArray[np.float32]:
-        """One speech probability for each whole frame; what is left over waits for the next call. Blocking."""
-        samples = np.concatenate([self._rest, samples])
-        frames = len(samples) // FRAME
-        self._rest = samples[frames * FRAME :]
-        voiced = samples[: frames * FRAME].reshape(frames, FRAME)
-        return np.array([self._probability(frame) for frame in voiced], np.float32)
+    async def feed(self, samples: Samples) -> Probabilities:
+        """One speech probability for each whole frame; what is left over waits for the next call. One call at a time;
+        after one that was cancelled there must be no other."""
+        heard = np.concatenate([self._rest, samples])
+        frames = (len(heard) - _CONTEXT) // FRAME
+        self._rest = heard[frames * FRAME :].copy()
+        if not frames:
+            return np.empty(0, np.float32)
+        piece = _Piece(heard, frames, self._state, asyncio.get_running_loop().create_future())
+        self._vad.ask(piece)
+        await piece.answer
+        self._state = piece.state
+        return np.array(piece.said, np.float32)
 
-    def _probability(self, frame: Samples) -> np.float32:
-        window = self._window
-        window[:, :_CONTEXT] = window[:, -_CONTEXT:]
-        window[:, _CONTEXT:] = frame / _FULL_SCALE
-        inputs = {"input": window, "state": self._state, "sr": self._rate}
-        probability, self._state = self._session.run(None, inputs)
-        return np.float32(probability[0, 0])
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Audio of one stream: `frames` whole frames, the context before them, and the model's state at its end so far."""
+
+    heard: Samples
+    frames: int
+    state: NDArray[np.float32]
+    answer: asyncio.Future[None]
+    said: list[np.float32] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        return self.frames - len(self.said)
+
+    def window(self) -> Samples:
+        """The next frame with its context."""
+        at = len(self.said) * FRAME
+        return self.heard[at : at + _CONTEXT + FRAME]
+
+
+def _tell(pieces: list[_Piece], failure: Exception | None = None) -> None:
+    """Answers the streams in their event loops: one call for each loop."""
+    for loop in {piece.answer.get_loop() for piece in pieces}:
+        answers = [piece.answer for piece in pieces if piece.answer.get_loop() is loop]
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            loop.call_soon_threadsafe(_settle, answers, failure)
+
+
+def _settle(answers: list[asyncio.Future[None]], failure: Exception | None) -> None:
+    for answer in answers:
+        if answer.done():
+            continue
+        if failure is None:
+            answer.set_result(None)
+        else:
+            answer.set_exception(failure)

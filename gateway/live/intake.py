@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from typing import TypeAlias
 
 from dispatchers.audio.live import LiveDecoder, Wire
-from dispatchers.interface import Clear, Flush, Pcm, Samples, StreamInput, to_ms
+from dispatchers.interface import SAMPLE_RATE, Clear, Flush, Pcm, Samples, StreamInput, to_ms
 
 AHEAD_MS = 30_000
 """Audio that may wait. When it does, the socket is not read on: the sender feels it as back-pressure."""
 
 MESSAGES_AHEAD = 2_048
 _BITE_BYTES = 64 * 1024
+_MOST_BYTES_PER_S = 192_000
 
 Received: TypeAlias = bytes | Flush | Clear
 
@@ -37,7 +38,9 @@ class Intake:
 
     @property
     def received_ms(self) -> int:
-        """Audio received, on the sender's clock."""
+        """Audio received, on the sender's clock; for a container an estimate."""
+        if self._wire.contained:
+            return self.taken_ms + self.lag_ms
         return self._ms(self.received_bytes)
 
     @property
@@ -51,7 +54,9 @@ class Intake:
         return to_ms(self._taken_samples)
 
     def beyond(self, ms: int) -> int:
-        """How many bytes have been received beyond `ms` of the sender's clock."""
+        """How many bytes came beyond `ms` of the sender's clock. Of a container nobody can tell."""
+        if self._wire.rate is None:
+            return 0
         return max(0, self.received_bytes - ms * self._wire.rate // 1000 * self._wire.sample_bytes)
 
     async def put(self, item: Received) -> None:
@@ -70,19 +75,23 @@ class Intake:
         self._filled.set()
 
     async def items(self) -> AsyncIterator[StreamInput]:
-        """All that was and will be received, decoded. The resampler's tail comes before a flush and at the end."""
+        """All that was and will be received, decoded. The resampler's tail comes before a flush and at the end.
+
+        Raises an `AudioError` where it cannot be decoded.
+        """
         decoder = await LiveDecoder.open(self._wire)
         while (item := await self._next()) is not None:
             if isinstance(item, bytes):
-                samples = await decoder.feed(item)
-            else:
-                samples = await decoder.flush()
+                async for samples in decoder.feed(item):
+                    if len(samples):
+                        yield self._counted(samples)
+                continue
+            if len(samples := await decoder.flush()):
+                yield self._counted(samples)
+            yield item
+        async for samples in decoder.end():
             if len(samples):
                 yield self._counted(samples)
-            if not isinstance(item, bytes):
-                yield item
-        if len(rest := await decoder.flush()):
-            yield self._counted(rest)
 
     def _counted(self, samples: Samples) -> Pcm:
         self._taken_samples += len(samples)
@@ -112,4 +121,11 @@ class Intake:
         return b"".join(parts) if len(parts) > 1 else first
 
     def _ms(self, size: int) -> int:
-        return size * 1000 // self._wire.bytes_per_s
+        return size * 1000 // self._bytes_per_s
+
+    @property
+    def _bytes_per_s(self) -> int:
+        """A container's as it was so far, once a second of it is known: within bounds, as it bounds what may wait."""
+        if not self._wire.contained or self._taken_samples < SAMPLE_RATE:
+            return self._wire.bytes_per_s
+        return min(max(1, self._taken_bytes * SAMPLE_RATE // self._taken_samples), _MOST_BYTES_PER_S)

@@ -19,7 +19,7 @@ from uuid import UUID
 import structlog
 
 from dispatchers.dispatch import Door, Live
-from dispatchers.errors import BackendTimeout, Overloaded
+from dispatchers.errors import AudioError, BackendTimeout, Overloaded
 from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Gap, Pcm, StreamInput
 from gateway.errors import close_code, known
 from gateway.live.codec import Codec, Metrics, Ping, Setup, Standing, Stop, Unknown
@@ -90,8 +90,8 @@ class Session:
         self._codec = codec
         self._setup = setup
         self._idle_s = idle_s
-        self._resume_s = resume_s
-        self._record = Record(keep=resume_s > 0)
+        self._resume_s = 0.0 if setup.wire.contained else resume_s  # whose bytes have no place on the sample clock
+        self._record = Record(keep=self._resume_s > 0)
         self._intake = Intake(setup.wire)
         self._latency = Latency()
         self._loop = asyncio.get_running_loop()
@@ -336,7 +336,14 @@ class Session:
     async def _audio(self) -> AsyncIterator[StreamInput]:
         """What the recogniser pulls: everything received, up to the longest session."""
         await self._decided.wait()
-        room = int(self._longest_ms) * SAMPLES_PER_MS
+        try:
+            async for item in self._within(int(self._longest_ms) * SAMPLES_PER_MS):
+                yield item
+        except AudioError as error:  # what could be decoded before is answered
+            self._end(error)
+
+    async def _within(self, room: int) -> AsyncIterator[StreamInput]:
+        """What was received, up to so many samples."""
         async for item in self._intake.items():
             if not isinstance(item, Pcm):
                 yield item

@@ -48,7 +48,7 @@ class Start(BaseModel):
     type: Literal["start"] = "start"
     encoding: Encoding = "pcm_s16le"
     sample_rate: int | None = Field(None, ge=RATES_HZ.start, lt=RATES_HZ.stop)
-    channels: Literal[1] = 1
+    channels: int = Field(1, ge=1, le=2)
     language: str | None = None
     model: str | None = Field(None, min_length=1, max_length=200, pattern=_NO_NUL)
     backend_preference: Preference = "any"
@@ -71,14 +71,18 @@ class Start(BaseModel):
         return primary
 
     @model_validator(mode="after")
-    def _telephone_rate(self) -> Start:
-        if self.encoding != "pcm_s16le" and self.sample_rate not in (None, Wire.default_rate(self.encoding)):
+    def _telephone(self) -> Start:
+        if self.encoding not in ("mulaw", "alaw"):
+            return self
+        if self.sample_rate not in (None, Wire.default_rate(self.encoding)):
             raise ValueError(f"sample_rate: {self.encoding} is always {Wire.default_rate(self.encoding)} Hz")
+        if self.channels != 1:
+            raise ValueError(f"channels: {self.encoding} is always of one channel")
         return self
 
     @property
     def wire(self) -> Wire:
-        return Wire(self.encoding, self.sample_rate or Wire.default_rate(self.encoding))
+        return Wire.of(self.encoding, self.sample_rate, 2 if self.channels == 2 else 1)
 
     def setup(self, request_id: str) -> Setup:
         """The same in the words of those who do the work."""

@@ -25,7 +25,7 @@ from policy.tenants import Tenant
 from runtime.ids import read
 from runtime.settings import Settings
 from tests.server import PRICE_NANO_PER_HOUR, SAMPLES, Served, serving
-from tests.streaming import Event, Talk, assert_well_formed, clip, refused, talking
+from tests.streaming import Event, Talk, assert_well_formed, clip, encoded, refused, talking
 
 PRICE_NANO_PER_MS = PRICE_NANO_PER_HOUR // 3_600_000
 EXACT = ("clip02.wav", "clip05.wav", "clip12.wav")
@@ -182,6 +182,45 @@ async def test_any_rate_is_understood(server: Served, rate: int) -> None:
     assert talk.text == said
     assert talk.events[0]["sample_rate"] == rate
     assert abs(talk.events[-1]["accepted_ms"] - to_ms(len(samples))) <= 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "form", "codec", "rate"),
+    [
+        ("opus", "webm", "libopus", 48_000),
+        ("opus", "ogg", "libopus", 48_000),
+        ("flac", "flac", "flac", 16_000),
+        ("wav", "wav", "pcm_s16le", 44_100),
+        ("mp3", "mp3", "libmp3lame", 32_000),
+    ],
+)
+async def test_containers_are_understood(server: Served, encoding: str, form: str, codec: str, rate: int) -> None:
+    samples, said = clip("clip05.wav")
+    tenant = await server.tenant()
+    async with talking(server, server.token(tenant)) as talk:
+        await talk.say("start", encoding=encoding)
+        await talk.speak(encoded(samples, form, codec, rate), step=700)
+        await talk.say("stop")
+        assert await talk.end() == (1000, "")
+    assert talk.text == said
+    assert_well_formed(talk.events)
+    ready, closed = talk.events[0], talk.events[-1]
+    assert (ready["encoding"], ready["sample_rate"]) == (encoding, None)
+    assert abs(closed["accepted_ms"] - to_ms(len(samples))) <= 150
+    row = await row_of(server, tenant, ready["session_id"])
+    assert row.ledger_ms == closed["billed_ms"] == closed["accepted_ms"]
+
+
+async def test_two_channels_are_heard_as_one(server: Served) -> None:
+    samples, said = clip("clip05.wav")
+    sides = np.stack([samples, np.zeros_like(samples)], axis=1)
+    async with talking(server, server.token(await server.tenant())) as talk:
+        await talk.say("start", channels=2)
+        await talk.speak(sides.tobytes(), step=6_401)
+        await talk.say("stop")
+        assert await talk.end() == (1000, "")
+    assert talk.text == said
+    assert talk.events[-1]["billed_ms"] == to_ms(len(samples))
 
 
 @pytest.mark.parametrize("encoding", ["pcm_s16le", "mulaw", "alaw"])

@@ -19,7 +19,7 @@ from gateway.live.session import SEATS
 from policy import tenants
 from runtime.settings import Settings
 from tests.server import Served, serving
-from tests.streaming import assert_well_formed, clip, denial, refused, talking
+from tests.streaming import assert_well_formed, clip, denial, encoded, refused, talking
 
 SILENCE = np.zeros(16_000, np.int16).tobytes()
 TOO_BIG = bytes(256 * 1024 + 1)
@@ -119,12 +119,12 @@ async def test_a_full_process_says_when_to_come_back(settings: Settings) -> None
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("encoding", "opus"),
+        ("encoding", "aac"),
         ("encoding", 1),
         ("sample_rate", 7_999),
         ("sample_rate", 48_001),
         ("sample_rate", "16000"),
-        ("channels", 2),
+        ("channels", 3),
         ("language", "klingon"),
         ("model", ""),
         ("backend_preference", "cheap"),
@@ -222,6 +222,28 @@ async def test_what_was_heard_before_is_still_told(
     assert talk.text
     assert_well_formed(talk.events)
     assert await last_error(talk) == (code, True)
+
+
+@pytest.mark.parametrize("encoding", ["opus", "flac", "wav", "mp3"])
+async def test_a_container_that_is_none_is_refused(server: Served, token: str, encoding: str) -> None:
+    async with talking(server, token) as talk:
+        await talk.say("start", encoding=encoding)
+        await talk.until("ready")
+        await talk.speak(os.urandom(20_000), step=100)
+        assert await talk.end() == (1007, "UNDECODABLE")
+        assert await last_error(talk) == ("UNDECODABLE", True)
+
+
+async def test_what_was_heard_before_the_damage_is_still_told(server: Served) -> None:
+    samples, _ = clip("clip05.wav")
+    flac = encoded(samples, "flac", "flac", 16_000)
+    async with talking(server, server.token(await server.tenant())) as talk:
+        await talk.say("start", encoding="flac")
+        await talk.speak(flac)
+        await talk.speak(bytes(3_000_000), step=200_000)
+        assert await talk.end() == (1007, "UNDECODABLE")
+    assert_well_formed(talk.events)
+    assert talk.text
 
 
 async def test_a_start_after_the_address_said_it_all(server: Served, token: str) -> None:

@@ -156,6 +156,20 @@ def test_the_address_says_the_same() -> None:
     assert Native("req_1").setup_of_query(QueryParams("token=t&ticket=u"), {}) is None
 
 
+def test_the_audio_is_as_said_or_as_its_header_says() -> None:
+    def wire(query: str) -> Wire:
+        setup = Native("req_1").setup_of_query(QueryParams(query), {})
+        assert setup is not None
+        return setup.wire
+
+    assert wire("channels=2&sample_rate=48000") == Wire("pcm_s16le", 48_000, 2)
+    assert wire("encoding=opus&sample_rate=48000&channels=2") == Wire("opus", None, None)
+    with pytest.raises(Invalid, match="mulaw is always of one channel"):
+        wire("encoding=mulaw&channels=2")
+    with pytest.raises(Invalid, match="channels"):
+        wire("channels=3")
+
+
 def test_commands() -> None:
     codec = started()
     assert codec.command('{"type":"flush"}') == Flush()
@@ -229,3 +243,36 @@ def test_latency_counts_from_the_receipt_of_the_audio() -> None:
     latency.note(Final(4, "c", 2_990, 2_999, "en", 1.0, coalesced=1), 13.6)
     assert (latency.coalesced, latency.dropped) == (3, 1)
     assert latency.sent == {"SpeechStarted": 1, "Partial": 2, "Final": 4}
+
+
+async def test_of_a_container_so_many_bytes_wait() -> None:
+    """By what is usual for speech, as long as nothing is known of it; a header that never ends lets no more in."""
+    intake = Intake(Wire.of("opus"))
+    put = 0
+
+    async def flood() -> None:
+        nonlocal put
+        while True:
+            await intake.put(bytes(1_000))
+            put += 1
+
+    flooding = asyncio.create_task(flood())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    flooding.cancel()
+    assert put * 1_000 == AHEAD_MS * Wire.of("opus").bytes_per_s // 1_000
+
+
+async def test_the_clock_of_a_container_is_that_of_its_audio() -> None:
+    header = b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x40\x1f\0\0\x80\x3e\0\0\x02\0\x10\0data\0\0\0\0"
+    intake = Intake(Wire.of("wav"))
+    await intake.put(header + bytes(16_000 * 3))
+    items = intake.items()
+    while intake.taken_ms < 2_500:
+        await anext(items)
+    await intake.put(bytes(16_000))
+    assert abs(intake.lag_ms - 1_000) < 20
+    assert intake.received_ms == intake.taken_ms + intake.lag_ms
+    intake.end()
+    assert sum([len(item.samples) async for item in items if isinstance(item, Pcm)]) > 16_000
+    assert intake.taken_ms == 4_000

@@ -1,6 +1,8 @@
 """The Silero model against speech whose word times are known."""
 
+import asyncio
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,12 @@ import numpy as np
 import pytest
 
 from dispatchers.audio.decode import load
+from dispatchers.audio.segment import Action, Ended, Segmenter
 from dispatchers.audio.vad import FRAME, SileroVad
+from dispatchers.interface import VadOptions
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
+SPEECH = Path(__file__).parents[1] / "fixtures/speech"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +29,8 @@ def audio() -> np.ndarray:
     return load(SAMPLES / "long.wav")[: 20 * 16_000]
 
 
-def test_speech_is_told_from_silence(vad: SileroVad, audio: np.ndarray):
-    probabilities = vad.stream().feed(audio)
+async def test_speech_is_told_from_silence(vad: SileroVad, audio: np.ndarray):
+    probabilities = await vad.stream().feed(audio)
     assert len(probabilities) == len(audio) // FRAME
     truth = np.zeros(len(probabilities), bool)
     for word in json.loads((SAMPLES / "long.words.json").read_text()):
@@ -34,20 +39,82 @@ def test_speech_is_told_from_silence(vad: SileroVad, audio: np.ndarray):
     assert (probabilities[~truth] > 0.5).mean() < 0.05
 
 
-def test_pieces_of_any_length_give_the_same(vad: SileroVad, audio: np.ndarray):
+async def test_pieces_of_any_length_give_the_same(vad: SileroVad, audio: np.ndarray):
     audio = audio[: 5 * 16_000]
     stream, pieces, at = vad.stream(), [], 0
     for size in [1, 511, 512, 513, 0, 1_600, 7, 30_000, 80_000]:
-        pieces.append(stream.feed(audio[at : at + size]))
+        pieces.append(await stream.feed(audio[at : at + size]))
         at += size
-    assert np.array_equal(np.concatenate(pieces), vad.stream().feed(audio))
+    assert np.array_equal(np.concatenate(pieces), await vad.stream().feed(audio))
 
 
-def test_streams_do_not_hear_each_other(vad: SileroVad, audio: np.ndarray):
+async def test_streams_do_not_hear_each_other(vad: SileroVad, audio: np.ndarray):
     quiet, loud = vad.stream(), vad.stream()
     for at in range(0, 3 * 16_000, 1_600):
-        loud.feed(audio[at : at + 1_600])
-        assert quiet.feed(np.zeros(1_600, np.int16)).max() < 0.2
+        _, told = await asyncio.gather(loud.feed(audio[at : at + 1_600]), quiet.feed(np.zeros(1_600, np.int16)))
+        assert np.all(told < 0.2)
+
+
+async def test_many_streams_together_are_told_what_each_is_told_alone(vad: SileroVad):
+    """Streams that join and leave, in pieces of all lengths: the same probabilities, the same utterances."""
+    clips = [load(path)[:at] for path in sorted(SPEECH.glob("*.wav")) for at in (64_000, 40_001, 90_000)]
+    clips = clips * 3  # more than one batch
+    alone = [await SileroVad.load().stream().feed(clip) for clip in clips[: len(clips) // 3]] * 3
+
+    async def listen(number: int, clip: np.ndarray) -> tuple[np.ndarray, list[Action]]:
+        chance = random.Random(number)
+        await asyncio.sleep(chance.random() / 10)
+        stream, segmenter, told, actions, at = vad.stream(), Segmenter(VadOptions()), [], [], 0
+        while at < len(clip):
+            piece = clip[at : at + chance.choice([1, 320, 1_600, 3_000, 16_000])]
+            told.append(await stream.feed(piece))
+            actions += segmenter.feed(piece, told[-1])
+            at += len(piece)
+        return np.concatenate(told), [*actions, *segmenter.flush()]
+
+    together = await asyncio.gather(*map(listen, range(len(clips)), clips))
+    for clip, expected, (told, actions) in zip(clips, alone, together, strict=True):
+        assert np.abs(told - expected).max() <= 1e-5
+        segmenter = Segmenter(VadOptions())
+        boundaries = [*segmenter.feed(clip, expected), *segmenter.flush()]
+        assert [edges(action) for action in actions] == [edges(action) for action in boundaries]
+
+
+def edges(action: Action) -> tuple[int, ...]:
+    return (action.start, action.end) if isinstance(action, Ended) else (action.start,)
+
+
+async def test_a_stream_that_leaves_does_not_disturb_the_others(vad: SileroVad, audio: np.ndarray):
+    audio = audio[:32_000]
+    expected = await vad.stream().feed(audio)
+    feeds = [asyncio.create_task(vad.stream().feed(audio)) for _ in range(40)]
+    await asyncio.sleep(0)
+    for feed in feeds[::2]:
+        feed.cancel()
+    told = await asyncio.gather(*feeds, return_exceptions=True)
+    assert all(isinstance(one, asyncio.CancelledError) for one in told[::2])
+    assert all(np.abs(one - expected).max() <= 1e-5 for one in told[1::2] if not isinstance(one, BaseException))
+
+
+async def test_a_model_that_fails_is_told_to_those_who_wait_and_goes_on(audio: np.ndarray):
+    vad = SileroVad.load()
+    broken = vad.stream()
+    broken._state = np.zeros((2, 1), np.float32)
+    with pytest.raises(Exception, match=r"shape|dimension"):
+        await broken.feed(audio[:FRAME])
+    assert len(await vad.stream().feed(audio[:FRAME])) == 1
+
+
+async def test_closing_answers_what_was_asked_and_takes_no_more(audio: np.ndarray):
+    vad = SileroVad.load()
+    asked = [asyncio.create_task(vad.stream().feed(audio[:32_000])) for _ in range(3)]
+    await asyncio.sleep(0)
+    vad.close()
+    assert [len(told) for told in await asyncio.gather(*asked)] == [62] * 3
+    shut = SileroVad.load()
+    shut.close()
+    with pytest.raises(RuntimeError):
+        await shut.stream().feed(audio[:FRAME])
 
 
 def test_torch_and_the_package_stay_out():

@@ -1,0 +1,69 @@
+"""PCM in RIFF/WAVE, as a stream: its sizes are claims, and a live one's are often wrong."""
+
+from __future__ import annotations
+
+import struct
+import sys
+
+from dispatchers.audio.demux import Header, Source, Steps
+from dispatchers.errors import NotAudio
+
+_CHUNK = struct.Struct("<4sI")
+_FORMAT = struct.Struct("<HHIIHH")
+_EXTENSIBLE, _SUBFORMAT_AT = 0xFFFE, 24
+_CODECS = {
+    (1, 8): "pcm_u8",
+    (1, 16): "pcm_s16le",
+    (1, 24): "pcm_s24le",
+    (1, 32): "pcm_s32le",
+    (3, 32): "pcm_f32le",
+    (6, 8): "pcm_alaw",
+    (7, 8): "pcm_mulaw",
+}
+_ENDLESS = range(0x7FFF_F000, 0x1_0000_0000)
+_PIECE = 16 * 1024
+
+
+def wav(source: Source) -> Steps:
+    """Pieces of whole samples. A length of nothing, or of 2 GiB and more, means: to the end."""
+    riff = yield from source.take(12)
+    if riff[:4] != b"RIFF" or riff[8:] != b"WAVE":
+        raise NotAudio("The stream is no WAV.")
+    whole = 0  # bytes of one sample of all channels
+    while True:
+        kind, size = _CHUNK.unpack((yield from source.take(_CHUNK.size)))
+        if kind == b"data":
+            break
+        if kind == b"fmt ":
+            header, whole = _header((yield from source.peek(size)))
+            yield header
+        yield from source.skip(size + size % 2)
+    if not whole:
+        raise NotAudio("The stream's WAV has no format.")
+    yield from _audio(source, whole, sys.maxsize if size == 0 or size in _ENDLESS else size)
+    yield from source.drain()  # what follows the audio says nothing
+
+
+def _audio(source: Source, whole: int, left: int) -> Steps:
+    """Up to `left` bytes of samples of so many."""
+    while left >= whole:
+        here = min(len(source.held), left, _PIECE) // whole * whole
+        if here:
+            left -= here
+            yield source.pop(here)
+        elif source.ended:
+            return
+        else:
+            yield None
+
+
+def _header(content: bytes) -> tuple[Header, int]:
+    if len(content) < _FORMAT.size:
+        raise NotAudio("The stream's WAV header is damaged.")
+    tag, channels, rate, _, whole, bits = _FORMAT.unpack_from(content)
+    if tag == _EXTENSIBLE:
+        tag = int.from_bytes(content[_SUBFORMAT_AT : _SUBFORMAT_AT + 2], "little")
+    codec = _CODECS.get((tag, bits))
+    if codec is None or whole != channels * bits // 8 or not whole:
+        raise NotAudio("The stream's WAV is of a kind that is not supported.")
+    return Header(codec, rate, channels), whole
