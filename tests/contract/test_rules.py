@@ -16,8 +16,8 @@ SOURCES = [
 
 # rule: (names that only these files may mention)
 ONLY_HERE = {
-    # the one child process that inherits our environment, and the one that must not
-    ("os.environ", "os.getenv"): {"runtime/settings.py", "gateway/commands/local.py"},
+    # the child process that inherits our environment but for our settings, and a word to numpy before it is loaded
+    ("os.environ", "os.getenv"): {"runtime/settings.py", "gateway/commands/local.py", "dispatchers/__init__.py"},
     ("create_async_engine",): {"runtime/database.py"},
     ("self._admission.admit",): {"dispatchers/dispatch.py"},
     ("enqueue_job",): {"workers/queue.py"},
