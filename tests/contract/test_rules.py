@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +18,8 @@ SOURCES = [
 
 # rule: (names that only these files may mention)
 ONLY_HERE = {
-    # the one child process that inherits our environment, and the one that must not
-    ("os.environ", "os.getenv"): {"runtime/settings.py", "gateway/commands/local.py"},
+    # the child process that inherits our environment but for our settings, and a word to numpy before it is loaded
+    ("os.environ", "os.getenv"): {"runtime/settings.py", "gateway/commands/local.py", "dispatchers/__init__.py"},
     ("create_async_engine",): {"runtime/database.py"},
     ("self._admission.admit",): {"dispatchers/dispatch.py"},
     ("enqueue_job",): {"workers/queue.py"},
@@ -72,3 +74,20 @@ def test_no_float_touches_money() -> None:
                 "lease.py",
             ):
                 raise AssertionError(f"{path.name}:{node.lineno} speaks of float")
+
+
+@pytest.mark.parametrize(
+    "entry", ["gateway.serve", "gateway.commands.demo", "workers.main", "dispatchers.engine.serve"]
+)
+def test_numpy_is_not_loaded_before_it_is_told_its_threads(entry: str) -> None:
+    watched = f"""
+import sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            assert "dispatchers" in sys.modules
+sys.meta_path.insert(0, Watch())
+import {entry}
+assert "numpy" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", watched], check=True, cwd=ROOT, timeout=60)

@@ -57,6 +57,37 @@ def test_hysteresis_and_short_pauses_do_not_end():
     assert len(hear(Segmenter(OPTIONS), [0.9] * 6 + [0.5] * 30 + [0.0] * 9 + [0.5] + [0.0] * 9)) == 1
 
 
+def test_in_a_lull_so_far_is_what_the_end_will_bring():
+    segmenter = Segmenter(OPTIONS)
+    hear(segmenter, [0.9] * 10 + [0.0] * 5)
+    assert (segmenter.voiced_until, segmenter.lulled) == (10 * FRAME, False)
+    hear(segmenter, [0.0])
+    assert segmenter.lulled
+    meanwhile = segmenter.so_far()
+    (ended,) = hear(segmenter, [0.0] * 4)
+    assert isinstance(ended, Ended)
+    assert meanwhile is not None
+    assert (meanwhile.utterance, meanwhile.start, meanwhile.end) == (ended.utterance, ended.start, ended.end)
+    assert np.array_equal(meanwhile.audio, ended.audio)
+    assert (segmenter.voiced_until, segmenter.lulled) == (0, False)
+
+
+def test_speech_ends_a_lull():
+    segmenter = Segmenter(OPTIONS)
+    hear(segmenter, [0.9] * 10 + [0.0] * 8)
+    assert segmenter.lulled
+    hear(segmenter, [0.9])
+    assert (segmenter.voiced_until, segmenter.lulled) == (19 * FRAME, False)
+
+
+def test_a_cleared_utterance_reaches_to_the_last_sample():
+    segmenter = Segmenter(OPTIONS)
+    hear(segmenter, [0.9] * 10 + [0.0] * 9)
+    dropped = segmenter.clear()
+    assert dropped is not None
+    assert (dropped.start, dropped.end) == (0, 19 * FRAME)
+
+
 def test_long_speech_is_cut_at_its_quietest_point_and_goes_on():
     segmenter = Segmenter(OPTIONS)
     loud = np.full(100 * FRAME, 9_000, np.int16)
