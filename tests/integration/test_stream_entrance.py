@@ -237,7 +237,7 @@ async def test_the_config_is_public_and_names_no_tenant(served: Served) -> None:
     assert config["protocol"] == "stenogate.v1"
     assert "micro" in config["models"]
     assert all(isinstance(name, str) for name in config["models"])
-    assert config["encodings"] == ["pcm_s16le", "mulaw", "alaw"]
+    assert config["encodings"] == ["pcm_s16le", "mulaw", "alaw", "opus", "flac", "wav", "mp3"]
     assert config["sample_rates"] == {"least": 8_000, "most": 48_000}
     assert config["languages"] is None or "en" in config["languages"]
     settings = served.gateway.settings
