@@ -64,7 +64,10 @@ class Claim:
         return None if row is None else cls(database, tenant_id, job_id, token=token, lease_s=lease_s, row=row)
 
     async def keep(self) -> NoReturn:
-        """Renews the lease and tells the progress until cancelled. Raises `LeaseLost`."""
+        """Renews the lease and tells the progress until cancelled.
+
+        Raises `LeaseLost`, but not for a job that this claim itself has ended: its work is just about to return.
+        """
         clock = asyncio.get_running_loop().time
         renewed, told_ms = clock(), 0
         while True:
@@ -74,7 +77,7 @@ class Claim:
             began, told_ms = clock(), self.reached_ms
             try:
                 with ledger_reachable():
-                    await self._write(_RENEW, {"done_ms": told_ms})
+                    await self._write(_KEEP, {"done_ms": told_ms}, fence=_OURS)
                 renewed = began
             except LedgerUnavailable:
                 log.warning("job.database_unavailable", job_id=str(self.job_id))
@@ -142,14 +145,14 @@ class Claim:
     def _mine(self) -> dict[str, Any]:
         return {"tenant_id": self.tenant_id, "id": self.job_id}
 
-    async def _write(self, statement: str, named: Mapping[str, Any]) -> None:
+    async def _write(self, change: str, named: Mapping[str, Any], fence: str | None = None) -> None:
         async with self._database.tenant(self.tenant_id) as tx:
-            await self._execute(tx, statement, named)
+            await self._execute(tx, change, named, fence)
 
-    async def _execute(self, tx: Transaction, change: str, named: Mapping[str, Any]) -> None:
-        statement = text(f"update jobs set {change} {_FENCE}")  # noqa: S608  constants only
-        fence = {**self._mine(), "token": self._token, "lease_s": self._lease_s}
-        if (await tx.execute(statement, {**named, **fence})).rowcount != 1:
+    async def _execute(self, tx: Transaction, change: str, named: Mapping[str, Any], fence: str | None = None) -> None:
+        statement = text(f"update jobs set {change} {fence or _FENCE}")  # noqa: S608  constants only
+        claimed = {**self._mine(), "token": self._token, "lease_s": self._lease_s}
+        if (await tx.execute(statement, {**named, **claimed})).rowcount != 1:
             raise LeaseLost
 
 
@@ -160,9 +163,14 @@ _TAKE = text("""
       and ((status = 'queued' and run_after <= now()) or (status = 'running' and lease_until < now()))
     returning cast(options as text) as options, blob_key, attempts
 """)
-_FENCE = "where tenant_id = :tenant_id and id = :id and status = 'running' and lease_token = :token"
-_LEASE = "lease_until = now() + make_interval(secs => :lease_s)"
-_RENEW = f"{_LEASE}, done_ms = greatest(done_ms, :done_ms)"
+_OURS = "where tenant_id = :tenant_id and id = :id and lease_token = :token"
+_FENCE = f"{_OURS} and status = 'running'"
+_LEASE = "now() + make_interval(secs => :lease_s)"
+_RENEW = f"lease_until = {_LEASE}, done_ms = greatest(done_ms, :done_ms)"
+_KEEP = f"""
+    lease_until = case when status = 'running' then {_LEASE} end,
+    done_ms = case when status = 'running' then greatest(done_ms, :done_ms) else done_ms end
+"""
 _MEASURE = "audio_ms = :audio_ms"
 _ADVANCE = f"{_RENEW}, attempts = 1"
 _COMPLETE = """

@@ -18,7 +18,7 @@ from sqlalchemy import text
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.errors import BackendFailed, NotAudio
-from dispatchers.interface import Heard, Options, Samples, Transcript, ignore
+from dispatchers.interface import Heard, Options, Origin, Samples, Transcript, ignore
 from policy import policies
 from policy.admission import Admission
 from policy.errors import BudgetExhausted, Invalid, ModelNotFound
@@ -32,6 +32,7 @@ from runtime.coordination import InProcess
 from runtime.database import Database
 from runtime.settings import Settings
 from runtime.telemetry import REGISTRY
+from workers.claim import Claim
 from workers.errors import JobFailed, JobNotFound, JobNotReady
 from workers.jobs import Job, Jobs, Upload
 from workers.main import embedded_workers
@@ -312,6 +313,22 @@ async def test_a_lost_lease_stops_the_work(plant: Plant, recogniser: Recogniser,
         await tx.execute(text("update jobs set lease_token = gen_random_uuid() where id = :id"), {"id": job.id})
     stopped = await working  # nobody lets the recogniser go on
     assert stopped.status == "running"
+
+
+async def test_a_job_that_its_own_worker_ended_is_not_lost_to_it(plant: Plant, database: Database) -> None:
+    job = await plant.submit()
+    claim = await Claim.take(database, job.tenant_id, job.id, lease_s=0.06)
+    assert claim is not None
+    keeping = asyncio.create_task(claim.keep())
+    async with database.tenant(job.tenant_id) as tx:
+        await claim.complete(tx, Transcript("", "en", SPEECH_MS, (), Origin("self_hosted", "scripted", "scripted")))
+        await asyncio.sleep(0.1)  # a renewal waits for this transaction
+    await asyncio.sleep(0.1)
+    assert not keeping.done()
+    keeping.cancel()
+    async with database.tenant(job.tenant_id) as tx:
+        left = text("select status, lease_until, done_ms from jobs where id = :id")
+        assert (await tx.execute(left, {"id": job.id})).one() == ("completed", None, SPEECH_MS)
 
 
 async def test_a_failing_recogniser_is_tried_again_and_then_given_up(
