@@ -9,9 +9,10 @@ import structlog
 from starlette.requests import HTTPConnection
 
 from gateway.state import gateway_of
-from policy import tickets
-from policy.errors import Forbidden, IdentityError
+from policy import operators, tickets
+from policy.errors import Forbidden, IdentityError, NotOperator
 from policy.identity import Caller
+from policy.operators import Operator
 from policy.outage import ledger_reachable
 from policy.tickets import Redeemed
 from runtime.telemetry import AUTH_FAILURES
@@ -29,6 +30,24 @@ async def caller_of(connection: HTTPConnection, scope: str, *, token: str | None
         caller = await gateway_of(connection).authenticator.authenticate(bearer_token(connection) or token)
         _known(caller).require(scope)
     return caller
+
+
+async def operator_of(connection: HTTPConnection) -> Operator:
+    """The operator who calls. Raises `IdentityError`; `NotOperator` for a tenant's caller, whatever its scopes."""
+    gateway = gateway_of(connection)
+    with _refusals_counted():
+        token = bearer_token(connection)
+        known = operators.recognised(
+            token or "",
+            gateway.resources.signing_key,
+            issuer=gateway.settings.issuer,
+            audience=gateway.settings.audience,
+        )
+        if known is None:
+            _known(await gateway.authenticator.authenticate(token))
+            raise NotOperator
+    structlog.contextvars.bind_contextvars(subject=known.actor)
+    return known
 
 
 async def ticket_holder(connection: HTTPConnection, ticket: str, scope: str) -> Redeemed:

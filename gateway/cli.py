@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from gateway.commands import chores
+from gateway.commands import chores, operator
 from gateway.commands.duration import seconds
 from runtime.errors import StenogateError
 from runtime.settings import Settings
@@ -29,6 +29,7 @@ app = typer.Typer(
 tenant_app = typer.Typer(help="The customers.", no_args_is_help=True)
 policy_app = typer.Typer(help="What a tenant may do: a versioned JSON body.", no_args_is_help=True)
 price_app = typer.Typer(help="What an hour costs; nothing without a price is sold.", no_args_is_help=True)
+config_app = typer.Typer(help="Settings that running gateways follow.", no_args_is_help=True)
 budget_app = typer.Typer(help="How much a tenant may spend.", no_args_is_help=True)
 issuer_app = typer.Typer(help="Who, beside the gateway, may sign a tenant's tokens.", no_args_is_help=True)
 for name, group in (
@@ -37,6 +38,7 @@ for name, group in (
     ("policy", policy_app),
     ("price", price_app),
     ("budget", budget_app),
+    ("config", config_app),
 ):
     app.add_typer(group, name=name)
 
@@ -176,14 +178,22 @@ def tenant_suspend(
 
 @app.command()
 def token(
-    tenant: TenantOption,
+    tenant: Annotated[str | None, typer.Option("--tenant", "-t", help="The tenant's slug.")] = None,
     scope: Annotated[
         list[str] | None, typer.Option(help="Repeat for several; default: transcribe, jobs, usage.")
     ] = None,
     ttl: Annotated[str, typer.Option(help="How long it is good for: 30m, 1h, 7d.")] = "1h",
     subject: Annotated[str, typer.Option(help="Who will use it; shown in sessions and audit.")] = "cli",
+    for_operator: Annotated[
+        bool, typer.Option("--operator", help="For `/v1/admin`, of no tenant and for a day at most.")
+    ] = False,
 ) -> None:
     """Prints a token and nothing else: `TOKEN=$(stenogate token --tenant acme)`."""
+    if for_operator == (tenant is not None) or (for_operator and scope):
+        _fail("say --tenant, or --operator without --scope")
+    if tenant is None:
+        sys.stdout.write(operator.token(Settings(), ttl_s=seconds(ttl), subject=subject) + "\n")
+        return
     scopes = scope or ["transcribe", "jobs", "usage"]
     sys.stdout.write(chores.token(Settings(), tenant, scopes=scopes, ttl_s=seconds(ttl), subject=subject) + "\n")
 
@@ -286,6 +296,29 @@ def budget_set(
     """Limits what a tenant may spend."""
     chores.set_budget(Settings(), tenant, limit, period=period, hard=not soft)
     out.print(f"{tenant}: {limit} per {period}", highlight=False)
+
+
+@config_app.command("show")
+def config_show() -> None:
+    """What running gateways can change, and what it is now (where nothing overrides it: in this environment)."""
+    table = Table("setting", "value", "from", "changes")
+    for row in operator.show_config(Settings()):
+        table.add_row(*row)
+    out.print(table)
+
+
+@config_app.command("set")
+def config_set(
+    assignments: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE…", help="NAME= gives a setting back to the environment.")
+    ],
+) -> None:
+    """Changes settings of all gateways on this database, within seconds and without a restart: all of them or none.
+
+    Example: `stenogate config set max_streams=300 log_level=debug`
+    """
+    operator.set_config(Settings(), assignments)
+    out.print("changed; every gateway follows within 5 seconds", highlight=False)
 
 
 @app.command()

@@ -118,6 +118,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "NOT_FOUND": Meaning(404, 4400, "Not found"),
     "METHOD_NOT_ALLOWED": Meaning(405, 4400, "Method not allowed"),
     "CONFLICT": Meaning(409, 4400, "Conflict"),
+    "SETTING_FIXED": Meaning(409, 4400, "Read at the start only"),
     "UPLOAD_STALLED": Meaning(408, 4408, "Upload stalled"),
     "TOO_LARGE": Meaning(413, 1009, "Too large"),
     "UNSUPPORTED_MEDIA_TYPE": Meaning(400, 1003, "Unsupported content type"),

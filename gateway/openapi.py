@@ -219,6 +219,42 @@ SCHEMAS: dict[str, Any] = {
             "refused": {"type": "array", "items": ref("Standing")},
         }
     ),
+    "AdminConfig": obj({"object": {"const": "admin.config"}, "data": {"type": "array", "items": ref("AdminSetting")}}),
+    "AdminSetting": {
+        **obj(
+            {
+                "name": _STRING,
+                "value": {"description": "As it is now."},
+                "source": {"type": "string", "enum": ["default", "environment", "override"]},
+                "change": {"type": "string", "enum": ["live", "new_sessions"], "description": "When a change acts."},
+                "default": {},
+                "description": _STRING,
+            },
+            required=["name", "value", "source", "change", "default", "description"],
+        ),
+        "description": "The other fields are JSON Schema: type, bounds, choices.",
+    },
+    "AdminStreams": obj(
+        {
+            "object": {"const": "list"},
+            "process": {**_STRING, "description": "Which one answered: host and process id."},
+            "seats_free": {**_INTEGER, "description": "How many more live streams it would let in."},
+            "data": {"type": "array", "items": ref("AdminStream")},
+        }
+    ),
+    "AdminStream": obj(
+        {
+            "id": _STRING,
+            "tenant": _STRING,
+            "started_at": {**_INTEGER, "description": "Unix seconds."},
+            "connected": {"type": "boolean", "description": "False: its client is awaited."},
+            "backend": _STRING,
+            "engine": _STRING,
+            "model": _STRING,
+            "accepted_ms": _INTEGER,
+            "lag_ms": {**_INTEGER, "description": "Audio received and not yet taken."},
+        }
+    ),
     "Standing": obj({"backend": _STRING, "model": _STRING, "reason": _STRING}),
 }
 

@@ -216,6 +216,29 @@ PATHS: Json = {
             requestBody={"content": {"application/json": {"schema": ref("Question")}}},
         )
     },
+    "/v1/admin/config": {
+        "get": operation(
+            "Show changeable settings",
+            "What running gateways can change; for an operator's token.",
+            json_answer("AdminConfig"),
+            scope="operator",
+        ),
+        "patch": operation(
+            "Change settings",
+            "All of them or none, for every gateway on this database; null gives one back to the environment.",
+            json_answer("AdminConfig"),
+            scope="operator",
+            requestBody={"required": True, "content": {"application/json": {"schema": {"type": "object"}}}},
+        ),
+    },
+    "/v1/admin/streams": {
+        "get": operation(
+            "List live sessions",
+            "Of this process, of every tenant; nothing of what is said.",
+            json_answer("AdminStreams"),
+            scope="operator",
+        )
+    },
     "/livez": {"get": operation("Is the process alive", "Yes.", {"200": {"description": "Yes."}}, scope=None)},
     "/readyz": {
         "get": operation(

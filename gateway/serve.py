@@ -21,6 +21,8 @@ import uvloop
 from dispatchers.assembly import open_door
 from gateway.app import create_app
 from gateway.demo_tenant import DEMO, ensure_demo_tenant
+from gateway.live.gauges import tell_metrics
+from gateway.live_settings import live_settings
 from gateway.state import Gateway
 from gateway.uploads import sweep
 from policy.identity import SCOPES, mint
@@ -95,7 +97,7 @@ async def _serve(
             await _Server(
                 uvicorn_config(gateway),
                 started=lambda: announce(announcement),
-                leave=lambda: gateway.roster.drain(settings.stream_drain_s),
+                leave=lambda: gateway.roster.drain(gateway.settings.stream_drain_s),
             ).serve(sockets=[listener])
 
 
@@ -109,9 +111,11 @@ async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str |
         await asyncio.to_thread(sweep, settings.data_dir / "uploads")
         lag = asyncio.create_task(watch_loop_lag(0.1))
         stack.callback(lag.cancel)
+        live = await stack.enter_async_context(live_settings(resources))
         gateway = Gateway(
-            settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue, opened.queue_wait_s
+            live, resources, opened.authenticator, opened.door, jobs, opened.catalogue, opened.queue_wait_s
         )
+        tell_metrics(gateway)
         stack.push_async_callback(gateway.roster.aclose)
         yield gateway, opened.model_note
 

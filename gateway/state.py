@@ -11,6 +11,7 @@ from starlette.requests import HTTPConnection
 from dispatchers.dispatch import Door
 from gateway.decoding import Decoder
 from gateway.live.roster import Roster
+from gateway.live_settings import LiveSettings
 from policy.identity import Authenticator
 from runtime.resources import Resources
 from runtime.settings import Settings
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gateway:
-    """Open parts, shared by every request. `catalogue` tells the models of this installation, its default first;
-    `queue_wait_s` about how long live work that came now would wait for the engine."""
+    """Open parts, shared by every request. `live_settings` change while it runs; `catalogue` tells the models of this
+    installation, its default first; `queue_wait_s` about how long live work that came now would wait for the engine."""
 
-    settings: Settings
+    live_settings: LiveSettings
     resources: Resources
     authenticator: Authenticator
     door: Door
@@ -34,6 +35,11 @@ class Gateway:
     queue_wait_s: Callable[[], float]
     decoder: Decoder = field(default_factory=Decoder)
     roster: Roster = field(default_factory=Roster)
+
+    @property
+    def settings(self) -> Settings:
+        """As they are now. Those of `resources` are as they were at the start."""
+        return self.live_settings.current
 
 
 def gateway_of(connection: HTTPConnection) -> Gateway:

@@ -4,7 +4,7 @@ PolicyError
 ├── IdentityError         who is calling; says nothing that helps an attacker
 │   ├── TokenMissing · TokenInvalid · TokenExpired · TokenRevoked
 ├── Forbidden             known, and not allowed
-│   ├── ScopeMissing · TenantSuspended · NotAllowed
+│   ├── ScopeMissing · TenantSuspended · NotAllowed · NotOperator
 ├── LimitReached          allowed, and too much of it
 │   ├── BudgetExhausted · RateLimited · ConcurrencyLimited
 ├── NoPrice               nothing is ever sold at an accidental zero
@@ -13,6 +13,7 @@ PolicyError
 ├── NothingUp             everything that is allowed is down
 ├── LedgerUnavailable     the database cannot be reached, so nothing can be sold
 ├── Conflict              it exists already, or is in a state that forbids this
+│   └── SettingFixed
 └── Invalid               a value that cannot be accepted
 """
 
@@ -73,6 +74,10 @@ class NotAllowed(Forbidden):
     """The tenant's policy does not allow this backend, model or feature."""
 
 
+class NotOperator(Forbidden):
+    """This call is the operator's: it needs a token of `stenogate token --operator`."""
+
+
 class LimitReached(PolicyError):
     """A limit of the tenant's policy is reached."""
 
@@ -128,6 +133,12 @@ class Conflict(PolicyError):
     """The object exists already, or its state forbids this."""
 
     code = "CONFLICT"
+
+
+class SettingFixed(Conflict):
+    """The setting is read once, when a process starts."""
+
+    code = "SETTING_FIXED"
 
 
 class Invalid(PolicyError):

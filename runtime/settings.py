@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self, TypeAlias, cast
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator
+from pydantic.config import JsonDict
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 KIB = 1024
 MIB = 1024 * KIB
+TIB = 1024 * 1024 * MIB
 SECOND_MS = 1000
 MINUTE_MS = 60 * SECOND_MS
+DAY_MS = 24 * 60 * MINUTE_MS
+
+Change: TypeAlias = Literal["live", "new_sessions", "start"]
+"""When another value takes effect in a running gateway: at once, in sessions opened from then on, or never."""
+
+LIVE: JsonDict = {"change": "live"}
+NEW_SESSIONS: JsonDict = {"change": "new_sessions"}
 
 
 class Settings(BaseSettings):
@@ -73,47 +83,89 @@ class Settings(BaseSettings):
         "local", description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests."
     )
 
-    max_upload_bytes: int = Field(2048 * MIB, ge=KIB, description="Largest upload accepted.")
-    job_threshold_bytes: int = Field(5 * MIB, ge=1, description="Uploads above this become jobs.")
-    job_threshold_ms: int = Field(5 * MINUTE_MS, ge=1, description="Recordings above this become jobs.")
-    upload_idle_s: float = Field(30.0, gt=0, description="An upload that sends nothing for so long is cut off.")
+    max_upload_bytes: int = Field(
+        2048 * MIB, ge=KIB, le=TIB, description="Largest upload accepted.", json_schema_extra=LIVE
+    )
+    job_threshold_bytes: int = Field(
+        5 * MIB, ge=1, le=TIB, description="Uploads above this become jobs.", json_schema_extra=LIVE
+    )
+    job_threshold_ms: int = Field(
+        5 * MINUTE_MS, ge=1, le=DAY_MS, description="Recordings above this become jobs.", json_schema_extra=LIVE
+    )
+    upload_idle_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="An upload that sends nothing for so long is cut off.",
+        json_schema_extra=LIVE,
+    )
     chunk_ms: int = Field(5 * MINUTE_MS, ge=10 * SECOND_MS, description="Longest piece of a job.")
     job_workers: int = Field(1, ge=1, le=32, description="Jobs at once in one worker process.")
     job_attempts: int = Field(3, ge=1, le=10, description="Tries before a job fails for good.")
     job_lease_s: float = Field(60.0, gt=0, description="A job whose worker is silent for so long is taken over.")
 
-    max_streams: int = Field(256, ge=1, description="Live streams in one process.")
+    max_streams: int = Field(256, ge=1, le=100_000, description="Live streams in one process.", json_schema_extra=LIVE)
     max_streams_per_address: int = Field(
-        128, ge=1, description="Live streams of one client address (of one /64 with IPv6) in one process."
+        128,
+        ge=1,
+        le=100_000,
+        description="Live streams of one client address (of one /64 with IPv6) in one process.",
+        json_schema_extra=LIVE,
     )
     max_queue_wait_s: float = Field(
-        5.0, ge=0, description="New streams are refused while live work would wait longer for the engine."
+        5.0,
+        ge=0,
+        le=600,
+        description="New streams are refused while live work would wait longer for the engine.",
+        json_schema_extra=LIVE,
     )
     stream_frames_per_s: int = Field(
-        500, ge=10, le=100_000, description="Frames taken from one live stream; a faster sender is held back."
+        500,
+        ge=10,
+        le=100_000,
+        description="Frames taken from one live stream; a faster sender is held back.",
+        json_schema_extra=NEW_SESSIONS,
     )
-    stream_idle_s: float = Field(60.0, gt=0, description="A live stream without any frame for so long is closed.")
+    stream_idle_s: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="A live stream without any frame for so long is closed.",
+        json_schema_extra=NEW_SESSIONS,
+    )
     stream_resume_s: float = Field(
         60.0,
         ge=0,
         le=600,
         description="A live session whose socket was lost waits so long to be resumed; 0: not at all.",
+        json_schema_extra=NEW_SESSIONS,
     )
     stream_drain_s: float = Field(
-        10.0, ge=0, le=600, description="On SIGTERM, live streams may go on for so long; then their finals are awaited."
+        10.0,
+        ge=0,
+        le=600,
+        description="On SIGTERM, live streams may go on for so long; then their finals are awaited.",
+        json_schema_extra=LIVE,
     )
-    token_in_url: bool = Field(False, description="Allow `?token=` on the WebSocket (tokens then reach proxy logs).")
+    token_in_url: bool = Field(
+        False,
+        description="Allow `?token=` on the WebSocket (tokens then reach proxy logs).",
+        json_schema_extra=LIVE,
+    )
     origins: Annotated[frozenset[str] | None, NoDecode] = Field(
         None,
         description="Pages that may open live streams: origins such as `https://app.example`, with commas between;"
         " `*`: all. Unset: pages of the gateway's own host.",
+        json_schema_extra=LIVE,
     )
     trusted_proxies: Annotated[tuple[IPv4Network | IPv6Network, ...] | None, NoDecode] = Field(
         None,
         description="Networks of proxies, with commas between, whose `X-Forwarded-…` is believed. Unset: none.",
     )
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="How much is logged.", json_schema_extra=LIVE
+    )
     log_format: Literal["json", "console"] = Field("json", description="JSON lines, or lines for people.")
 
     @field_validator("origins", "trusted_proxies", mode="before")
@@ -129,7 +181,8 @@ class Settings(BaseSettings):
     def _origins(cls, origins: frozenset[str] | None) -> frozenset[str] | None:
         for origin in origins or ():
             parts = urlsplit(origin)
-            if origin != "*" and (not parts.netloc or origin != f"{parts.scheme}://{parts.netloc}"):
+            plain = origin.isprintable() and parts.netloc and origin == f"{parts.scheme}://{parts.netloc}"
+            if origin != "*" and not plain:
                 raise ValueError(f"{origin} is no origin; write scheme://host or scheme://host:port, or *")
         return None if origins is None else frozenset(origin.lower() for origin in origins)
 
@@ -146,3 +199,18 @@ class Settings(BaseSettings):
         if url is not None and urlsplit(url.get_secret_value()).scheme not in ("postgres", "postgresql"):
             raise ValueError("must start with postgresql://")
         return url
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """The same but for these, which are checked as the environment's are. Raises pydantic's `ValidationError`."""
+        checked = type(self)(**values)
+        return self.model_copy(update={name: getattr(checked, name) for name in values})
+
+
+def change_of(name: str) -> Change:
+    """When another value of this setting takes effect."""
+    extra = Settings.model_fields[name].json_schema_extra
+    return cast(Change, extra["change"]) if isinstance(extra, dict) and "change" in extra else "start"
+
+
+CHANGEABLE = tuple(name for name in Settings.model_fields if change_of(name) != "start")
+"""What an operator may change while gateways run; everything else is read once, at the start."""

@@ -69,7 +69,6 @@ def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> N
 
     What is bound with `structlog.contextvars` (`request_id`, `tenant`) stands in each line. `level` is a name.
     """
-    threshold = logging.getLevelNamesMapping()[level.upper()]
     before: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -83,7 +82,6 @@ def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> N
         )
     structlog.configure(
         processors=[*before, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
     handler = _Stderr()
@@ -99,13 +97,21 @@ def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> N
             ],
         )
     )
-    logging.basicConfig(handlers=[handler], level=threshold, force=True)
+    logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     logging.getLogger("uvicorn.access").disabled = True
     logging.getLogger("uvicorn.error").addFilter(_is_news)
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """From now on this much is logged, and of the talkative no more than warnings."""
+    threshold = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(threshold))
+    logging.getLogger().setLevel(threshold)
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
 
@@ -203,6 +209,8 @@ REQUEST_SECONDS = _histogram(
 AUTH_FAILURES = _counter("auth_failures", "Tokens that were not accepted, by error code.", "code")
 
 LIVE_STREAMS = _gauge("live_streams", "Live streams now open.", "protocol")
+SEATS_FREE = _gauge("seats_free", "Live streams that this process would still let in.")
+STREAM_LAG_SECONDS = _gauge("stream_lag_seconds", "Audio received and not yet heard, over live streams.", "quantile")
 STREAMS_ENDED = _counter("streams_ended", "Live streams ended, by WebSocket close code.", "protocol", "code")
 STREAM_RESUMES = _counter("stream_resumes", "Live sessions asked for again, by outcome.", "outcome")
 STREAM_SECONDS = _counter("stream_seconds", "Seconds of live audio accepted.", "protocol")

@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 from dispatchers.assembly import open_door
 from dispatchers.dispatch import Door
 from dispatchers.interface import Dispatcher
+from gateway.live_settings import POLL_S, live_settings
 from gateway.serve import uvicorn_config
 from gateway.state import Gateway
 from policy import budget, policies, pricing, tenants
@@ -116,7 +117,9 @@ def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str
 
 
 @asynccontextmanager
-async def serving(settings: Settings, *, recogniser: Dispatcher | None = None, **changes: Any) -> AsyncIterator[Served]:
+async def serving(
+    settings: Settings, *, recogniser: Dispatcher | None = None, poll_s: float = POLL_S, **changes: Any
+) -> AsyncIterator[Served]:
     """The whole gateway over real parts, in this event loop; `recogniser` in place of what the settings name."""
     async with AsyncExitStack() as stack:
         resources = await stack.enter_async_context(open_resources(settings.model_copy(update=changes)))
@@ -126,9 +129,8 @@ async def serving(settings: Settings, *, recogniser: Dispatcher | None = None, *
             admission = Admission(resources.database, resources.coordination)
             door = Door(resources.database, admission, opened.authenticator, {"self_hosted": recogniser})
         jobs = await stack.enter_async_context(open_jobs(resources, door))
-        gateway = Gateway(
-            resources.settings, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s
-        )
+        live = await stack.enter_async_context(live_settings(resources, poll_s=poll_s))
+        gateway = Gateway(live, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s)
         stack.push_async_callback(gateway.roster.aclose)
         yield Served(gateway, await stack.enter_async_context(_listening(gateway)))
 

@@ -5,16 +5,15 @@ They join the embedded Postgres of a `serve` on the same data dir, or start it a
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from pydantic import ValidationError
 
+from gateway.commands.database import with_doors as _with_database
 from policy import budget, identity, issuers, policies, pricing, statements, tenants
 from policy.budget import Period
 from policy.errors import Invalid
@@ -28,34 +27,12 @@ from runtime.embedded import prepare, with_database
 from runtime.errors import Misconfigured
 from runtime.settings import Settings
 from runtime.signing import signing_key
-from runtime.telemetry import configure_logging
 
 if TYPE_CHECKING:
     from gateway.commands.client import Client
 
-T = TypeVar("T")
 ACTOR = "cli"
 NANO = 1_000_000_000
-
-
-def _with_database(settings: Settings, work: Callable[[Database], Awaitable[T]]) -> T:
-    configure_logging("warning", "console")
-    with with_database(settings) as completed:
-        if completed.database_url is None or completed.system_database_url is None:
-            raise Misconfigured("STENOGATE_SYSTEM_DATABASE_URL is not set; it goes with STENOGATE_DATABASE_URL")
-        app_url, system_url = (
-            completed.database_url.get_secret_value(),
-            completed.system_database_url.get_secret_value(),
-        )
-
-        async def run() -> T:
-            database = Database(app_url, system_url, pool=2)
-            try:
-                return await work(database)
-            finally:
-                await database.aclose()
-
-        return asyncio.run(run())
 
 
 def migrate(settings: Settings, admin_url: str | None) -> str:

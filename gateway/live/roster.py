@@ -28,6 +28,11 @@ class Roster:
         self.draining = False
         self._sessions: dict[asyncio.Task[None], Session] = {}
 
+    @property
+    def sessions(self) -> tuple[Session, ...]:
+        """Those that run now, in the order of their coming."""
+        return tuple(self._sessions.values())
+
     def refuse_when_draining(self) -> None:
         """Raises `Restarting` when nobody new is let in."""
         if self.draining:

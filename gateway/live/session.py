@@ -39,6 +39,7 @@ from gateway.live.frames import (
 from gateway.live.intake import Intake, Received
 from gateway.live.latency import Latency
 from gateway.live.record import Record
+from gateway.live.sight import Sight
 from policy.errors import Invalid
 from policy.identity import Caller
 from runtime.errors import StenogateError
@@ -169,6 +170,15 @@ class Session:
             reader.cancel()
             if self._record.frames is frames and not self._over:
                 self._lose(purpose=False)
+
+    def seen(self) -> Sight | None:
+        """What an operator may see of it; None until it is let in."""
+        live, connected = self._live, self._record.frames is not None
+        if live is None:
+            return None
+        return Sight(
+            live.session_id, self._caller.tenant, live.origin, connected, self._intake.taken_ms, self._intake.lag_ms
+        )
 
     def abandon(self) -> None:
         """There will be no socket."""
