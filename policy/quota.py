@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID
 
 import structlog
@@ -23,27 +23,27 @@ RETRY_AFTER_S = 1.0
 
 @asynccontextmanager
 async def admitted(
-    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody
+    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody, *, seats: int = 1
 ) -> AsyncIterator[None]:
-    """One request within the tenant's limits; a stream or file keeps its seat while inside, a job needs none.
+    """One request within the tenant's limits; a stream or file keeps its seat, or `seats`, while inside, a job needs
+    none.
 
     The seat comes first: a request refused for want of one does not count against the rate. Raises
     `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`.
     """
-    async with _seated(coordination, tenant_id, session_id, kind, limits):
+    async with AsyncExitStack() as taken:
+        for number in range(seats if kind != "job" else 0):
+            await taken.enter_async_context(_seated(coordination, tenant_id, _member(session_id, number), kind, limits))
         await _spend(coordination, tenant_id, limits.requests_per_minute)
         yield
 
 
 @asynccontextmanager
 async def _seated(
-    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody
+    coordination: Coordination, tenant_id: UUID, member: str, kind: Kind, limits: PolicyBody
 ) -> AsyncIterator[None]:
-    if kind == "job":
-        yield
-        return
     limit = limits.max_streams if kind == "stream" else limits.max_requests
-    key, member = f"seats:{tenant_id.hex}:{kind}", session_id.hex
+    key = f"seats:{tenant_id.hex}:{kind}"
     if not await coordination.seat(key, member, limit, SEAT_TTL_S):
         raise ConcurrencyLimited(retry_after_s=RETRY_AFTER_S)
     renewing = asyncio.create_task(_renew(coordination, key, member, limit))
@@ -55,6 +55,10 @@ async def _seated(
             await coordination.leave(key, member)
         except CoordinationUnavailable:
             log.warning("quota.seat_not_given_back", expires_in_s=SEAT_TTL_S)
+
+
+def _member(session_id: UUID, number: int) -> str:
+    return session_id.hex if number == 0 else f"{session_id.hex}:{number}"
 
 
 async def _renew(coordination: Coordination, key: str, member: str, limit: int) -> None:
