@@ -51,7 +51,7 @@ class Result:
 
 @dataclass(slots=True)
 class Summary:
-    """What a live stream came to so far. `coverage` is the share of the accepted audio, of all channels, that no gap took."""
+    """What a live stream came to so far. `coverage`: the share of accepted audio, of all channels, not lost to gaps."""
 
     channels: int = 1
     accepted_ms: int = 0

@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     job_attempts: int = Field(3, ge=1, le=10, description="Tries before a job fails for good.")
     job_lease_s: float = Field(60.0, gt=0, description="A job whose worker is silent for so long is taken over.")
 
-    max_streams: int = Field(256, ge=1, description="Live streams in one process.")
+    max_streams: int = Field(256, ge=1, description="Live streams in one process; `per_channel`, each channel counts.")
     max_streams_per_address: int = Field(
         128, ge=1, description="Live streams of one client address (of one /64 with IPv6) in one process."
     )
