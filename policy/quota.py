@@ -25,25 +25,33 @@ RETRY_AFTER_S = 1.0
 async def admitted(
     coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody, *, seats: int = 1
 ) -> AsyncIterator[None]:
-    """One request within the tenant's limits; a stream or file keeps its seat, or `seats`, while inside, a job needs
-    none.
+    """One request within the tenant's limits; a stream or file keeps its seats while inside, a job needs none.
 
     The seat comes first: a request refused for want of one does not count against the rate. Raises
     `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`.
     """
-    async with AsyncExitStack() as taken:
-        for number in range(seats if kind != "job" else 0):
-            await taken.enter_async_context(_seated(coordination, tenant_id, _member(session_id, number), kind, limits))
+    async with _seated(coordination, tenant_id, session_id, kind, limits, seats=seats):
         await _spend(coordination, tenant_id, limits.requests_per_minute)
         yield
 
 
 @asynccontextmanager
 async def _seated(
-    coordination: Coordination, tenant_id: UUID, member: str, kind: Kind, limits: PolicyBody
+    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody, *, seats: int = 1
 ) -> AsyncIterator[None]:
+    if kind == "job":
+        yield
+        return
     limit = limits.max_streams if kind == "stream" else limits.max_requests
     key = f"seats:{tenant_id.hex}:{kind}"
+    async with AsyncExitStack() as taken:
+        for number in range(seats):
+            await taken.enter_async_context(_seat(coordination, key, f"{session_id.hex}.{number}", limit))
+        yield
+
+
+@asynccontextmanager
+async def _seat(coordination: Coordination, key: str, member: str, limit: int) -> AsyncIterator[None]:
     if not await coordination.seat(key, member, limit, SEAT_TTL_S):
         raise ConcurrencyLimited(retry_after_s=RETRY_AFTER_S)
     renewing = asyncio.create_task(_renew(coordination, key, member, limit))
@@ -55,10 +63,6 @@ async def _seated(
             await coordination.leave(key, member)
         except CoordinationUnavailable:
             log.warning("quota.seat_not_given_back", expires_in_s=SEAT_TTL_S)
-
-
-def _member(session_id: UUID, number: int) -> str:
-    return session_id.hex if number == 0 else f"{session_id.hex}:{number}"
 
 
 async def _renew(coordination: Coordination, key: str, member: str, limit: int) -> None:
