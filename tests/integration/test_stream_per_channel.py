@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 
-from dispatchers.interface import Samples, to_ms
+from dispatchers.adapters.per_channel import PerChannel
+from dispatchers.adapters.segmenting import Segmenting
+from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.scripted import Scripted
+from dispatchers.errors import BackendFailed
+from dispatchers.interface import Heard, Options, Samples, Transcript, ignore, to_ms
 from gateway.live.session import SEATS
 from policy.statements import build
 from policy.tenants import Tenant
@@ -237,6 +242,38 @@ async def test_who_vanishes_still_gets_both_texts(server: Served) -> None:
     row = await rows_of(server, tenant, ready["session_id"])
     assert (row.status, row.billed_ms, row.ledger_ms) == ("completed", 2 * row.accepted_ms, 2 * row.accepted_ms)
     assert sorted(row.text.split()) == sorted(" ".join(said[0] + said[1]).split())
+
+
+class HalfDeaf(Scripted):
+    """Fails for the stream that it heard of first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._first = ""
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        self._first = self._first or options.stream
+        if options.stream == self._first:
+            raise BackendFailed
+        return await super().transcribe(audio, options, heard)
+
+
+async def test_what_fails_in_one_channel_leaves_the_other_alone(settings: Settings) -> None:
+    sides, _ = overlapping()
+    recogniser = PerChannel(Segmenting(HalfDeaf(), SileroVad.load()))
+    async with serving(settings, recogniser=recogniser) as half_deaf:
+        async with talking(half_deaf, half_deaf.token(await half_deaf.tenant())) as talk:
+            await talk.say("start", **PER_CHANNEL)
+            await said_by(talk, sides.tobytes())
+    errors, gaps = talk.all("error"), talk.all("gap")
+    (deaf,) = {error["channel"] for error in errors}
+    assert {(error["code"], error["fatal"]) for error in errors} == {("BACKEND_FAILED", False)}
+    assert [(gap["channel"], gap["reason"]) for gap in gaps] == [(deaf, "BACKEND_FAILED")] * len(errors)
+    assert heard(talk.events, deaf) == []
+    assert all(heard(talk.events, 1 - deaf))
+    lost = sum(gap["end_ms"] - gap["start_ms"] for gap in gaps)
+    closed = talk.events[-1]
+    assert closed["coverage"] == pytest.approx(1 - lost / (2 * closed["accepted_ms"]), abs=1e-6)
 
 
 # --- limits and money ---------------------------------------------------------------------------------------------
