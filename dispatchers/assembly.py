@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.local import ModelCard
@@ -46,7 +47,7 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
     )
     backend, catalogue, note, wait_s = await _self_hosted(settings)
     vad = await asyncio.to_thread(SileroVad.load)
-    backends: dict[str, Dispatcher] = {"self_hosted": Segmenting(backend, vad)}
+    backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(Segmenting(backend, vad))}
     admission = Admission(resources.database, resources.coordination)
     try:
         door = Door(resources.database, admission, authenticator, backends)

@@ -51,8 +51,9 @@ class Result:
 
 @dataclass(slots=True)
 class Summary:
-    """What a live stream came to so far. `coverage` is the share of accepted audio not lost to gaps."""
+    """What a live stream came to so far. `coverage`: the share of accepted audio, of all channels, not lost to gaps."""
 
+    channels: int = 1
     accepted_ms: int = 0
     billed_ms: int = 0
     utterances: int = 0
@@ -63,7 +64,7 @@ class Summary:
 
     @property
     def coverage(self) -> float:
-        return 1.0 if self.accepted_ms == 0 else max(0.0, 1.0 - self.gap_ms / self.accepted_ms)
+        return 1.0 if self.accepted_ms == 0 else max(0.0, 1.0 - self.gap_ms / (self.channels * self.accepted_ms))
 
     def note(self, event: Event) -> None:
         match event:
@@ -207,7 +208,7 @@ class Door:
             candidate = lease.decision.candidates[0]
             dispatcher = self._backends[candidate.backend]
             meter = Meter(lease, candidate, recheck=lambda: self._authenticator.recheck(caller), hang_up=hang_up)
-            summary = Summary()
+            summary = Summary(channels=options.channels)
             pinned = self._pinned(options, candidate, lease.tenant_id)
             ending: BaseException | None = None
             try:

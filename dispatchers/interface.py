@@ -27,7 +27,8 @@ Samples: TypeAlias = NDArray[np.int16]
 
 @dataclass(frozen=True, slots=True)
 class Pcm:
-    """Audio, in the order it was spoken; any length."""
+    """Audio, in the order it was spoken; any length. Of a stream of several channels (`Options.channels`) the shape is
+    (length, channels): all are on one clock."""
 
     samples: Samples
 
@@ -66,7 +67,8 @@ class Options:
     `share` is an opaque key between whose holders an engine is fair; `stream`, another, is one for each live stream: of
     its partials only the newest may wait. `temperature` None means the recogniser's own default (for Whisper: the
     fallback ladder that starts at 0). `context` is what was said just before, as far as it is known; a recogniser that
-    was not trained on previous text ignores it.
+    was not trained on previous text ignores it. `channels` above 1 (a stream only): each is heard for itself, and what
+    concerns one of them says which, counted from 0.
     """
 
     model: str = ""
@@ -79,6 +81,7 @@ class Options:
     words: bool = False
     partials: bool = True
     vad: VadOptions = field(default_factory=VadOptions)
+    channels: int = 1
     share: str = ""
     stream: str = ""
     urgency: Urgency = "batch"
@@ -137,10 +140,11 @@ class Transcript:
 
 @dataclass(frozen=True, slots=True)
 class SpeechStarted:
-    """An utterance begins (pre-roll included). Utterances count from 1."""
+    """An utterance begins (pre-roll included). Utterances count from 1, those of all channels together."""
 
     utterance: int
     start_ms: int
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,7 @@ class Gap:
     start_ms: int
     end_ms: int
     reason: str
+    channel: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +230,7 @@ class StreamError:
     message: str
     retryable: bool
     fatal: bool = False
+    channel: int | None = None
 
 
 Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cleared | Used | StreamError

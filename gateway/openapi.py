@@ -146,6 +146,7 @@ SCHEMAS: dict[str, Any] = {
             "language": _MAYBE_STRING,
             "started_at": _SECONDS,
             "ended_at": _SECONDS,
+            "channels": {**_INTEGER, "description": "Those recognised each for itself; `billed_ms` counts each."},
             "accepted_ms": _INTEGER,
             "billed_ms": _INTEGER,
             "utterances": _INTEGER,

@@ -46,8 +46,8 @@ class Admission:
 
     @asynccontextmanager
     async def admit(self, caller: Caller, demand: Demand, policy: Policy, decision: Decision) -> AsyncIterator[Lease]:
-        """A new session: a seat while inside, its row, and a hold for `demand.audio_ms`, or for two blocks where the
-        length is not known. A candidate without a price is dropped from the lease's decision.
+        """A new session: a seat for each channel while inside, its row, and a hold for `demand.audio_ms`, or for two
+        blocks where the length is not known. A candidate without a price is dropped from the lease's decision.
 
         Whoever leaves without having settled with an outcome, or detached, leaves a failed session and no hold.
 
@@ -55,7 +55,9 @@ class Admission:
         `BudgetExhausted`, `LedgerUnavailable`.
         """
         session_id = uuid7()
-        async with quota.admitted(self._coordination, caller.tenant_id, session_id, demand.kind, policy.body):
+        async with quota.admitted(
+            self._coordination, caller.tenant_id, session_id, demand.kind, policy.body, seats=demand.channels
+        ):
             lease = await self._open(session_id, caller, demand, policy, decision)
             alive = asyncio.create_task(self._keep_alive(lease))
             try:
@@ -104,7 +106,8 @@ class Admission:
                 )
                 first_ms = FIRST_BLOCKS * self._block_ms if demand.audio_ms is None else demand.audio_ms
                 dearest = most_expensive(prices.values())
-                await hold_until(tx, tenant.id, session_id, first_ms, dearest.price_nano_per_hour)
+                nano_per_hour = dearest.price_nano_per_hour * demand.channels
+                await hold_until(tx, tenant.id, session_id, first_ms, nano_per_hour)
                 session = await sessions.get(tx, tenant.id, session_id)
         return Lease(self._database, session, policy, prices)
 

@@ -37,7 +37,7 @@ class Receipt:
 
 class Lease:
     """Made by `Admission`. `held_ms` and `settled_ms` are positions on the session's sample clock; every price of a
-    candidate is the one in force when the session began."""
+    candidate is the one in force when the session began, and is paid for each channel."""
 
     def __init__(
         self,
@@ -57,7 +57,8 @@ class Lease:
         self.detached = False
         self._database = database
         self._prices = prices
-        self._hold_price = most_expensive(prices.values()).price_nano_per_hour
+        self._channels = session.channels
+        self._hold_price = most_expensive(prices.values()).price_nano_per_hour * session.channels
         self._attempted_ms = session.accepted_ms
 
     async def extend(self, to_ms: int) -> None:
@@ -139,6 +140,7 @@ class Lease:
                 customer=session.customer,
                 price=price,
                 held_nano=_between(session.accepted_ms, to_ms, self._hold_price),
+                channels=self._channels,
             ),
         )
 
@@ -150,7 +152,8 @@ class Lease:
         session = await sessions.get(tx, self.tenant_id, self.session_id)
         tenant = await tenants.by_id(tx, self.tenant_id)
         free_nano = await budget.remaining(tx, self.tenant_id, self.session_id)
-        free_ms = None if free_nano is None else affordable_ms(free_nano, self._price(candidate).price_nano_per_hour)
+        price_nano = self._price(candidate).price_nano_per_hour * self._channels
+        free_ms = None if free_nano is None else affordable_ms(free_nano, price_nano)
         held_ms = session.held_ms - session.accepted_ms if session.status == "open" else 0
         return Receipt(
             accepted_ms=session.accepted_ms,

@@ -2,7 +2,8 @@
 
 A row is a segment of a session: `[start_ms, end_ms)` on its sample clock, numbered from 0 without a gap. Whoever
 delivers it, and however often, the key (session, number) lets it in once, and the session's `accepted_ms` must stand
-exactly at its start. Milliseconds are the truth; the amount follows from them and the price, which is copied.
+exactly at its start. Milliseconds are the truth; the amount follows from them and the price, which is copied. Where
+several channels are recognised, each for itself, they share the clock, and each is billed.
 
 A session's day is the UTC date of its start, by the database's clock. It is the same for every row of the session.
 """
@@ -36,6 +37,7 @@ class Segment:
     customer: str | None
     price: Price
     held_nano: int | None = None
+    channels: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ async def settle(tx: Transaction, tenant_id: UUID, segment: Segment) -> bool:
     """
     if segment.end_ms <= segment.start_ms:
         raise Invalid("A segment ends after it starts.")
-    amount = amount_nano(segment.end_ms - segment.start_ms, segment.price.price_nano_per_hour)
-    cost = amount_nano(segment.end_ms - segment.start_ms, segment.price.cost_nano_per_hour)
+    ms = segment.end_ms - segment.start_ms
+    billed_ms = ms * segment.channels
+    amount = amount_nano(billed_ms, segment.price.price_nano_per_hour)
+    cost = amount_nano(billed_ms, segment.price.cost_nano_per_hour)
     values = {
         "tenant": tenant_id,
         "source": segment.source_id,
@@ -79,7 +83,9 @@ async def settle(tx: Transaction, tenant_id: UUID, segment: Segment) -> bool:
         "model": segment.model,
         "start": segment.start_ms,
         "end": segment.end_ms,
-        "ms": segment.end_ms - segment.start_ms,
+        "ms": ms,
+        "billed_ms": billed_ms,
+        "channels": segment.channels,
         "price": segment.price.id,
         "price_nano": segment.price.price_nano_per_hour,
         "amount": amount,
@@ -138,7 +144,7 @@ _SETTLE = text("""
         returning source_id
     ), session as (
         update sessions s
-        set accepted_ms = :end, billed_ms = s.billed_ms + :ms, segments = s.segments + 1,
+        set accepted_ms = :end, billed_ms = s.billed_ms + :billed_ms, segments = s.segments + 1,
             held_ms = greatest(s.held_ms, :end), seen_at = now(), backend = :backend, model = :model
         from key
         where s.tenant_id = :tenant and s.id = key.source_id and s.accepted_ms = :start and s.status = 'open'
@@ -146,9 +152,9 @@ _SETTLE = text("""
     ), entry as (
         insert into usage_ledger (tenant_id, ledger_day, source_id, segment_no, kind, customer, backend, model,
                                   start_ms, end_ms, audio_ms, billed_ms, price_id, price_nano_per_hour,
-                                  amount_nano, cost_nano, currency)
+                                  amount_nano, cost_nano, currency, channels)
         select :tenant, cast(started_at at time zone 'UTC' as date), id, :segment, 'usage', :customer, :backend, :model,
-               :start, :end, :ms, :ms, :price, :price_nano, :amount, :cost, :currency
+               :start, :end, :ms, :billed_ms, :price, :price_nano, :amount, :cost, :currency, :channels
         from session
         returning source_id
     ), held as (

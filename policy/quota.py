@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID
 
 import structlog
@@ -23,27 +23,35 @@ RETRY_AFTER_S = 1.0
 
 @asynccontextmanager
 async def admitted(
-    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody
+    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody, *, seats: int = 1
 ) -> AsyncIterator[None]:
-    """One request within the tenant's limits; a stream or file keeps its seat while inside, a job needs none.
+    """One request within the tenant's limits; a stream or file keeps its seats while inside, a job needs none.
 
     The seat comes first: a request refused for want of one does not count against the rate. Raises
     `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`.
     """
-    async with _seated(coordination, tenant_id, session_id, kind, limits):
+    async with _seated(coordination, tenant_id, session_id, kind, limits, seats=seats):
         await _spend(coordination, tenant_id, limits.requests_per_minute)
         yield
 
 
 @asynccontextmanager
 async def _seated(
-    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody
+    coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody, *, seats: int = 1
 ) -> AsyncIterator[None]:
     if kind == "job":
         yield
         return
     limit = limits.max_streams if kind == "stream" else limits.max_requests
-    key, member = f"seats:{tenant_id.hex}:{kind}", session_id.hex
+    key = f"seats:{tenant_id.hex}:{kind}"
+    async with AsyncExitStack() as taken:
+        for number in range(seats):
+            await taken.enter_async_context(_seat(coordination, key, f"{session_id.hex}.{number}", limit))
+        yield
+
+
+@asynccontextmanager
+async def _seat(coordination: Coordination, key: str, member: str, limit: int) -> AsyncIterator[None]:
     if not await coordination.seat(key, member, limit, SEAT_TTL_S):
         raise ConcurrencyLimited(retry_after_s=RETRY_AFTER_S)
     renewing = asyncio.create_task(_renew(coordination, key, member, limit))

@@ -24,7 +24,8 @@ Preference: TypeAlias = Literal["any", "prefer_self_hosted", "prefer_relay"]
 
 @dataclass(frozen=True)
 class Demand:
-    """What a caller asks for. `features` come on top of those that `kind` and `task` imply."""
+    """What a caller asks for. `features` come on top of those that `kind` and `task` imply. `channels`: how many are
+    recognised, each for itself."""
 
     kind: Literal["file", "stream", "job"]
     model: str | None = None
@@ -33,6 +34,7 @@ class Demand:
     backend_preference: Preference = "any"
     features: frozenset[str] = frozenset()
     audio_ms: int | None = None
+    channels: int = 1
     customer: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     request_id: str = ""

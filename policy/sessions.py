@@ -25,7 +25,8 @@ MAX_LIMIT = 200
 
 @dataclass(frozen=True)
 class Session:
-    """A session's row. `accepted_ms` is audio taken in and settled, `held_ms` how far money is held."""
+    """A session's row. `accepted_ms` is audio taken in and settled, `held_ms` how far money is held: positions on the
+    sample clock, which all `channels` share. `billed_ms` counts every channel."""
 
     id: UUID
     tenant_id: UUID
@@ -43,6 +44,7 @@ class Session:
     model: str | None
     language: str | None
     currency: str
+    channels: int
     started_at: datetime
     seen_at: datetime
     ended_at: datetime | None
@@ -101,6 +103,7 @@ async def open_session(
             "policy_version": policy_version,
             "decision": json.dumps(decision.as_json()),
             "currency": currency,
+            "channels": demand.channels,
         },
     )
 
@@ -174,15 +177,15 @@ def _session(row: Row[Any]) -> Session:
 _COLUMNS = """
     tenant_id, id, kind, status, code, subject, customer,
     cast(metadata as text) as metadata, request_id, policy_version, cast(decision as text) as decision,
-    backend, engine, model, language, currency, started_at, seen_at, ended_at,
+    backend, engine, model, language, currency, channels, started_at, seen_at, ended_at,
     accepted_ms, billed_ms, held_ms, segments, utterances, words
 """
 _SELECT = f"select {_COLUMNS}, text from sessions where tenant_id = :tenant"  # noqa: S608  constants only
 _OPEN = text("""
     insert into sessions (tenant_id, id, kind, subject, customer, metadata, request_id, policy_version, decision,
-                          currency)
+                          currency, channels)
     values (:tenant, :id, :kind, :subject, :customer, cast(:metadata as jsonb), :request_id, :policy_version,
-            cast(:decision as jsonb), :currency)
+            cast(:decision as jsonb), :currency, :channels)
 """)
 _COVER = text("""
     update sessions set held_ms = greatest(held_ms, :held_ms), seen_at = now()

@@ -104,7 +104,13 @@ class Settings(BaseSettings):
     job_attempts: int = Field(3, ge=1, le=10, description="Tries before a job fails for good.")
     job_lease_s: float = Field(60.0, gt=0, description="A job whose worker is silent for so long is taken over.")
 
-    max_streams: int = Field(256, ge=1, le=100_000, description="Live streams in one process.", json_schema_extra=LIVE)
+    max_streams: int = Field(
+        256,
+        ge=1,
+        le=100_000,
+        description="Live streams in one process; `per_channel`, each channel counts.",
+        json_schema_extra=LIVE,
+    )
     max_streams_per_address: int = Field(
         128,
         ge=1,

@@ -16,6 +16,7 @@ from dispatchers.audio.demux import Demuxer, Format, Found, Header, Source, Step
 from dispatchers.audio.flac import flac
 from dispatchers.audio.mp3 import mp3
 from dispatchers.audio.ogg import ogg
+from dispatchers.audio.resample import converter, shaped
 from dispatchers.audio.wav import wav
 from dispatchers.audio.webm import webm
 from dispatchers.errors import NotAudio, UnsupportedAudio
@@ -32,8 +33,9 @@ _NOTHING: Samples = np.empty(0, np.int16)
 class ContainerDecoder:
     """One stream's. What costs anything is done in a thread, up to a second of audio at a time."""
 
-    def __init__(self, encoding: str):
+    def __init__(self, encoding: str, *, apart: bool = False):
         self._demuxer = Demuxer(_FORMATS[encoding])
+        self._apart = apart
         self._codec: _Codec | None = None
 
     async def feed(self, data: bytes) -> AsyncIterator[Samples]:
@@ -59,7 +61,7 @@ class ContainerDecoder:
             if isinstance(item, Header):
                 if self._codec is not None:
                     yield from self._codec.decode(None)
-                self._codec = _Codec(item)
+                self._codec = _Codec(item, apart=self._apart)
             elif self._codec is not None:
                 yield from self._codec.decode(item)
 
@@ -70,12 +72,13 @@ class ContainerDecoder:
 
 
 class _Codec:
-    """Packets to mono samples at 16 kHz."""
+    """Packets to samples at 16 kHz, mono or of two channels kept `apart`."""
 
-    def __init__(self, header: Header):
+    def __init__(self, header: Header, *, apart: bool):
         import av
 
-        _check(header.channels, header.rate)
+        self._apart = apart
+        self._check(header.channels, header.rate)
         self._context = cast("AudioCodecContext", av.CodecContext.create(header.codec, "r"))
         self._context.thread_count = 1
         if header.extradata:
@@ -109,38 +112,41 @@ class _Codec:
 
     def _resampled(self, frame: AudioFrame) -> Iterator[Samples]:
         """One filter for as long as the frames keep their shape."""
-        import av
-
         shape = (frame.format.name, frame.layout.name, frame.sample_rate)
         if self._resampler is None or shape != self._shape:
-            _check(frame.layout.nb_channels, frame.sample_rate)
+            self._check(frame.layout.nb_channels, frame.sample_rate)
             if self._resampler is not None:
                 yield from self._samples(self._resampler.resample(None))
-            self._shape, self._resampler = shape, av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+            self._shape, self._resampler = shape, converter(self._channels)
         yield from self._samples(self._resampler.resample(frame))
 
     def _samples(self, frames: list[AudioFrame]) -> Iterator[Samples]:
         for frame in frames:
-            samples = frame.to_ndarray()[0][self._skip :]
+            samples = shaped(frame.to_ndarray()[0], self._channels)[self._skip :]
             self._skip = max(0, self._skip - frame.samples)
             if len(samples):
                 yield samples
 
+    @property
+    def _channels(self) -> int:
+        return 2 if self._apart else 1
+
+    def _check(self, channels: int, rate: int) -> None:
+        if not 1 <= channels <= MAX_CHANNELS or rate not in RATES_HZ:
+            raise UnsupportedAudio
+        if self._apart and channels != 2:
+            raise UnsupportedAudio(f"Only two channels can be transcribed each for itself; this audio has {channels}.")
+
 
 def _bite(decoded: Iterator[Samples]) -> Samples:
     """The next second, or all there is; empty at the end."""
-    parts, size = [_NOTHING], 0
+    parts, size = list[Samples](), 0
     for samples in decoded:
         parts.append(samples)
         size += len(samples)
         if size >= _BITE:
             break
-    return np.concatenate(parts)
-
-
-def _check(channels: int, rate: int) -> None:
-    if not 1 <= channels <= MAX_CHANNELS or rate not in RATES_HZ:
-        raise UnsupportedAudio
+    return np.concatenate(parts) if parts else _NOTHING
 
 
 def _opus(source: Source) -> Steps:

@@ -1,4 +1,4 @@
-"""Live audio in the encodings that a caller's socket carries, made mono samples at 16 kHz."""
+"""Live audio in the encodings that a caller's socket carries, made samples at 16 kHz."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ _CONTAINER_BYTES_PER_S: dict[str, int] = {"opus": 4_000, "flac": 40_000, "wav": 
 @dataclass(frozen=True, slots=True)
 class Wire:
     """How audio comes in: samples per second and channels, which are None for a container: its header tells them.
-    Channels are mixed down."""
+    Two channels are mixed down, or kept `apart`: then there must be two."""
 
     encoding: Encoding
     rate: int | None
     channels: Channels | None = 1
+    apart: bool = False
 
     @property
     def contained(self) -> bool:
         return self.rate is None
+
+    @property
+    def transcribed(self) -> int:
+        """How many channels there are to be recognised."""
+        return 2 if self.apart else 1
 
     @property
     def sample_bytes(self) -> int:
@@ -47,11 +53,11 @@ class Wire:
         return self.rate * self.sample_bytes
 
     @classmethod
-    def of(cls, encoding: Encoding, rate: int | None = None, channels: Channels = 1) -> Wire:
+    def of(cls, encoding: Encoding, rate: int | None = None, channels: Channels = 1, *, apart: bool = False) -> Wire:
         """With the encoding's own rate where none is given, and neither rate nor channels for a container."""
         if encoding in _CONTAINER_BYTES_PER_S:
-            return cls(encoding, None, None)
-        return cls(encoding, rate or cls.default_rate(encoding), channels)
+            return cls(encoding, None, None, apart)
+        return cls(encoding, rate or cls.default_rate(encoding), channels, apart)
 
     @classmethod
     def default_rate(cls, encoding: Encoding) -> int:
@@ -71,22 +77,22 @@ class LiveDecoder:
     async def open(cls, wire: Wire) -> LiveDecoder | ContainerDecoder:
         """Raises `UnsupportedAudio` for a rate that is none."""
         if wire.rate is None:
-            return ContainerDecoder(wire.encoding)
-        return cls(wire, await asyncio.to_thread(Resampler, wire.rate, wire.channels or 1))
+            return ContainerDecoder(wire.encoding, apart=wire.apart)
+        return cls(wire, await asyncio.to_thread(Resampler, wire.rate, wire.channels or 1, apart=wire.apart))
 
     async def feed(self, data: bytes) -> AsyncIterator[Samples]:
         """What can be given out so far."""
         data = self._half + data
         whole = len(data) - len(data) % self._wire.sample_bytes
         self._half = data[whole:]
-        if self._wire == _PLAIN:
+        if self._wire in _PLAIN:
             yield self._resampler.feed(data[:whole])
         else:
             yield await asyncio.to_thread(self._convert, data[:whole])
 
     async def flush(self) -> Samples:
         """What the resampling filter still holds."""
-        if self._wire == _PLAIN:
+        if self._wire in _PLAIN:
             return self._resampler.flush()
         return await asyncio.to_thread(self._resampler.flush)
 
@@ -127,4 +133,5 @@ MULAW = _mulaw()
 ALAW = _alaw()
 """The sample of each of the 256 A-law bytes."""
 
-_PLAIN = Wire("pcm_s16le", SAMPLE_RATE)
+_PLAIN = (Wire("pcm_s16le", SAMPLE_RATE), Wire("pcm_s16le", SAMPLE_RATE, 2, apart=True))
+"""What comes as it is wanted."""

@@ -59,6 +59,7 @@ def _session_json(session: Session) -> dict[str, Any]:
         "language": session.language,
         "started_at": moment(session.started_at),
         "ended_at": moment(session.ended_at),
+        "channels": session.channels,
         "accepted_ms": session.accepted_ms,
         "billed_ms": session.billed_ms,
         "utterances": session.utterances,

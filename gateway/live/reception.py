@@ -13,7 +13,7 @@ from gateway.live.codec import Codec, Resume, Setup
 from gateway.live.frames import Frames, Gone, NotReading
 from gateway.live.record import wire
 from gateway.live.roster import Roster
-from gateway.live.session import GOING_AWAY, Session, admitted, reason_of
+from gateway.live.session import GOING_AWAY, SEATS, Session, admitted, reason_of
 from policy.errors import Invalid
 from policy.identity import Caller
 from runtime.errors import StenogateError
@@ -26,12 +26,14 @@ START_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class House:
-    """What every session of a process shares: how long it may hear nothing, how long it waits for a lost client."""
+    """What every session of a process shares: how long it may hear nothing, how long it waits for a lost client, how
+    many there may be."""
 
     roster: Roster
     door: Door
     idle_s: float
     resume_s: float
+    max_streams: int
 
 
 async def converse(
@@ -61,6 +63,8 @@ async def converse(
             await session.attach(frames, opening.last_seq)
             STREAM_RESUMES.labels("resumed").inc()
         else:
+            for _ in range(1, opening.options.channels):  # each is a stream to the engine
+                seats.enter_context(SEATS.seat(house.max_streams))
             session = Session(codec, opening, caller, idle_s=house.idle_s, resume_s=house.resume_s)
             house.roster.run(session, house.door, seats.pop_all())
             await _introduced(session, frames, subprotocol)

@@ -49,6 +49,7 @@ class Start(BaseModel):
     encoding: Encoding = "pcm_s16le"
     sample_rate: int | None = Field(None, ge=RATES_HZ.start, lt=RATES_HZ.stop)
     channels: int = Field(1, ge=1, le=2)
+    per_channel: bool = False
     language: str | None = None
     model: str | None = Field(None, min_length=1, max_length=200, pattern=_NO_NUL)
     backend_preference: Preference = "any"
@@ -80,14 +81,21 @@ class Start(BaseModel):
             raise ValueError(f"channels: {self.encoding} is always of one channel")
         return self
 
+    @model_validator(mode="after")
+    def _channels_apart(self) -> Start:
+        if self.per_channel and self.channels != 2 and not self.wire.contained:
+            raise ValueError("per_channel: there must be two channels, so `channels` must be 2")
+        return self
+
     @property
     def wire(self) -> Wire:
-        return Wire.of(self.encoding, self.sample_rate, 2 if self.channels == 2 else 1)
+        return Wire.of(self.encoding, self.sample_rate, 2 if self.channels == 2 else 1, apart=self.per_channel)
 
     def setup(self, request_id: str) -> Setup:
         """The same in the words of those who do the work."""
         demand = Demand(
             kind="stream",
+            channels=self.wire.transcribed,
             model=self.model,
             language=self.language,
             backend_preference=self.backend_preference,
@@ -103,6 +111,7 @@ class Start(BaseModel):
             words=self.words,
             partials=self.partials or self.deltas,
             vad=VadOptions(**self.vad.model_dump()),
+            channels=self.wire.transcribed,
         )
         return Setup(demand, options, self.wire)
 

@@ -120,18 +120,18 @@ class Native:
                 return _delta(event) if self._start.partials or self._start.deltas else None
             case Final():
                 return _final(event, with_words=self._start.words)
-            case SpeechStarted(utterance, start_ms):
-                return {"type": "speech_started", "utterance": utterance, "start_ms": start_ms}
-            case Gap(start_ms, end_ms, reason):
-                return {"type": "gap", "start_ms": start_ms, "end_ms": end_ms, "reason": reason}
+            case SpeechStarted(utterance, start_ms, channel):
+                return {"type": "speech_started", "utterance": utterance, "start_ms": start_ms} | _channel(channel)
+            case Gap(start_ms, end_ms, reason, channel):
+                return {"type": "gap", "start_ms": start_ms, "end_ms": end_ms, "reason": reason} | _channel(channel)
             case Flushed(accepted_ms):
                 return {"type": "flushed", "accepted_ms": accepted_ms}
             case Cleared(accepted_ms):
                 return {"type": "cleared", "accepted_ms": accepted_ms}
             case Used():
                 return _usage(event)
-            case StreamError(code, message, retryable, fatal):
-                return _error(code, message, retryable=retryable, fatal=fatal)
+            case StreamError(code, message, retryable, fatal, channel):
+                return _error(code, message, retryable=retryable, fatal=fatal) | _channel(channel)
 
     def pong(self, ping: Ping, accepted_ms: int) -> Message:
         return {"type": "pong", "id": ping.id, "accepted_ms": accepted_ms}
@@ -179,7 +179,12 @@ class Native:
 
 def _heard(kind: str, event: Partial | Delta | Final) -> dict[str, Any]:
     message = {"type": kind, "utterance": event.utterance, "start_ms": event.start_ms, "end_ms": event.end_ms}
-    return message if event.channel is None else message | {"channel": event.channel}
+    return message | _channel(event.channel)
+
+
+def _channel(channel: int | None) -> dict[str, int]:
+    """Only told where each channel is transcribed for itself."""
+    return {} if channel is None else {"channel": channel}
 
 
 def _partial(partial: Partial) -> Message:
@@ -275,7 +280,13 @@ async def stream(websocket: WebSocket) -> None:
             offered = cast(Sequence[str], websocket.scope.get("subprotocols") or ())
             await converse(
                 frames,
-                House(gateway.roster, gateway.door, gateway.settings.stream_idle_s, gateway.settings.stream_resume_s),
+                House(
+                    gateway.roster,
+                    gateway.door,
+                    settings.stream_idle_s,
+                    settings.stream_resume_s,
+                    settings.max_streams,
+                ),
                 caller,
                 codec,
                 opening,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
@@ -35,6 +36,7 @@ MAKERS: dict[str, Callable[[], Dispatcher]] = {
     "local": local,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
+    "per channel scripted": lambda: PerChannel(streaming(scripted)()),
 }
 
 
