@@ -67,8 +67,8 @@ class Recorder:
 
     @contextmanager
     def taping(self, tenant_id: UUID, session_id: UUID, policy: PolicyBody, *, start: int = 0) -> Iterator[Wrap]:
-        """Gives what audio is to pass through: kept where the policy says so, from the sample `start` of the session on.
-        On leaving, the rest is stored behind the caller's back."""
+        """Gives what audio is to pass through: kept where the policy says so, as the session's from its sample `start`
+        on. On leaving, the rest is stored behind the caller's back."""
         if not policy.keep_audio:
             yield lambda audio: audio
             return
@@ -183,7 +183,8 @@ class _Tape:
             self._give_up("store")
         except Exception as error:  # noqa: BLE001  the session goes on without it
             causes = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
-            log.error("recording.failed", session_id=str(self._session_id), errors=[type(it).__name__ for it in causes])
+            kinds = [type(cause).__name__ for cause in causes]  # a traceback might quote what was said
+            log.error("recording.failed", session_id=str(self._session_id), errors=kinds)  # noqa: TRY400
             self._give_up("failed")
         finally:
             self._give_up("stopped")
@@ -216,14 +217,15 @@ class _Tape:
             start, samples = bite.start, bite.samples
             while len(samples):
                 if part is not None and (part.samples >= PART_SAMPLES or part.end != start):
-                    part = await self._done(part)
+                    await self._filed(part)
+                    part = None
                 part = part or _Part(start)
                 room = PART_SAMPLES - part.samples
                 if not await self._written(part, samples[:room]):
                     part = None
                 start, samples = start + len(samples[:room]), samples[room:]
         if part is not None:
-            await self._done(part)
+            await self._filed(part)
         self._encoded = True
         self._full.set()
 
@@ -247,7 +249,7 @@ class _Tape:
             return False
         return True
 
-    async def _done(self, part: _Part) -> None:
+    async def _filed(self, part: _Part) -> None:
         try:
             await self._in_thread(part.finish)
         except OSError as error:

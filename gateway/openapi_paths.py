@@ -206,7 +206,7 @@ PATHS: Json = {
     "/v1/sessions/{session_id}/audio": {
         "get": operation(
             "Fetch a session's audio",
-            "Of a live session, where the policy keeps it (`keep_audio`), once it has ended and until its time is over.",
+            "Of a live session, where the policy keeps it (`keep_audio`), from its end until its time is over.",
             _AUDIO,
             scope="usage",
             parameters=[

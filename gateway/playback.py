@@ -1,4 +1,4 @@
-"""A kept recording, put together from its parts and encoded as it is sent: memory holds one part, whatever the length."""
+"""A kept recording, put together from its parts and encoded as it is sent: in memory is never more than one."""
 
 from __future__ import annotations
 

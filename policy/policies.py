@@ -51,7 +51,9 @@ class PolicyBody(BaseModel):
 
     keep_transcripts: bool = Field(True, description="Whether sessions keep their final text.")
     keep_audio: bool = Field(False, description="Whether live sessions keep their audio.")
-    audio_ttl_s: int = Field(30 * DAY_S, ge=HOUR_S, le=3650 * DAY_S, description="How long audio is kept, from its end.")
+    audio_ttl_s: int = Field(
+        30 * DAY_S, ge=HOUR_S, le=3650 * DAY_S, description="How long audio is kept, from its end."
+    )
 
     @field_validator("backends", "models", "languages")
     @classmethod

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
+from policy import audit
 from policy.errors import NotFound
 from runtime.blobs import tenant_key
 from runtime.database import Transaction
@@ -108,9 +109,12 @@ async def get(tx: Transaction, tenant_id: UUID, session_id: UUID) -> Recording:
     return Recording(session_id, row.state, row.expires_at, deleted_at, parts, missing)
 
 
-async def expire(tx: Transaction, tenant_id: UUID, session_id: UUID) -> None:
+async def expire(tx: Transaction, tenant_id: UUID, recording: Recording, *, actor: str) -> None:
     """Ends its time now: it is served no more, and whoever finds it deletes it."""
-    await tx.execute(_EXPIRE, {"tenant": tenant_id, "session": session_id})
+    await tx.execute(_EXPIRE, {"tenant": tenant_id, "session": recording.session_id})
+    before = None if recording.expires_at is None else {"expires_at": recording.expires_at.isoformat()}
+    name = name_of(recording.session_id)
+    await audit.record(tx, actor=actor, action="recording.expire", object=name, tenant_id=tenant_id, before=before)
 
 
 def name_of(session_id: UUID) -> str:

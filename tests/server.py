@@ -124,7 +124,9 @@ async def serving(settings: Settings, *, recogniser: Dispatcher | None = None, *
         door = opened.door
         if recogniser is not None:
             admission = Admission(resources.database, resources.coordination)
-            door = Door(resources.database, admission, opened.authenticator, {"self_hosted": recogniser}, opened.recorder)
+            door = Door(
+                resources.database, admission, opened.authenticator, {"self_hosted": recogniser}, opened.recorder
+            )
         jobs = await stack.enter_async_context(open_jobs(resources, door))
         gateway = Gateway(
             resources.settings, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s

@@ -80,10 +80,11 @@ class _Compressed:
         self._sink = _Sink()
         options = {"write_xing": "0"} if form == "mp3" else {}
         self._container: Any = av.open(self._sink, "w", format=form, options=options)
-        self._stream: Any = self._container.add_stream("libmp3lame" if form == "mp3" else form, rate=SAMPLE_RATE)
-        self._stream.layout = "mono"
+        stream: Any = self._container.add_stream("libmp3lame" if form == "mp3" else form, rate=SAMPLE_RATE)
+        stream.layout = "mono"
         if form == "mp3":
-            self._stream.bit_rate = MP3_BITS_PER_S
+            stream.bit_rate = MP3_BITS_PER_S
+        self._stream = stream
         self._total = total if form == "flac" else None
         self._frame: Callable[..., Any] = av.AudioFrame.from_ndarray
 

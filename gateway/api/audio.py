@@ -21,7 +21,7 @@ from policy.errors import AudioGone, AudioNotKept, AudioNotReady, NotFound
 from policy.identity import Caller
 from policy.recordings import Recording
 from runtime.ids import read, show
-from workers.retention import erase
+from workers.retention import Due, erase
 
 SCOPE = "usage"
 
@@ -51,15 +51,9 @@ async def delete(request: Request) -> Response:
     recording = await _kept(request, caller, empty=True)
     resources = gateway_of(request).resources
     async with resources.database.tenant(caller.tenant_id) as tx:
-        await recordings.expire(tx, caller.tenant_id, recording.session_id)
-    await erase(
-        resources.database,
-        resources.blobs,
-        caller.tenant_id,
-        recording.session_id,
-        actor=caller.subject,
-        reason="asked",
-    )
+        await recordings.expire(tx, caller.tenant_id, recording, actor=caller.subject)
+    due = Due(caller.tenant_id, recording.session_id, caller.subject, "asked")
+    await erase(resources.database, resources.blobs, due)
     return Response(status_code=204)
 
 

@@ -59,7 +59,7 @@ async def recorded(served: Served, http: httpx.AsyncClient, token: str) -> str:
         await talk.say("stop")
         await talk.end()
     async with asyncio.timeout(20):
-        while (await http.get(f"/v1/sessions/{session_id}")).json()["audio"]["status"] != "kept":
+        while (await http.get(f"/v1/sessions/{session_id}")).json()["audio"]["status"] != "kept":  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     return session_id
 
