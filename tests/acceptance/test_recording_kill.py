@@ -21,22 +21,22 @@ from gateway.commands.local import LocalGateway, local_gateway
 from policy import policies
 from policy.admission import reap
 from policy.policies import PolicyBody
-from runtime.database import Database
 from runtime.embedded import with_database
-from runtime.resources import open_resources
+from runtime.resources import Resources, open_resources
 from runtime.settings import Settings
+from workers.retention import expire
 
 T = TypeVar("T")
 SETTINGS = {"backend": "scripted"}
 SPOKEN = load(MICRO_SAMPLES / "long.wav")
 
 
-def beside(data_dir: Path, work: Callable[[Database], Awaitable[T]]) -> T:
-    """Does something to the database while no gateway runs."""
+def beside(data_dir: Path, work: Callable[[Resources], Awaitable[T]]) -> T:
+    """Does something to the database, whether a gateway runs or not."""
 
     async def run(completed: Settings) -> T:
         async with open_resources(completed) as resources:
-            return await work(resources.database)
+            return await work(resources)
 
     with with_database(Settings(data_dir=data_dir)) as completed:
         return asyncio.run(run(completed))
@@ -67,30 +67,27 @@ async def killed_while_speaking(gateway: LocalGateway, data_dir: Path) -> str:
 def test_a_crash_leaves_nothing_unaccounted(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
 
-    async def keep_audio(database: Database) -> None:
-        async with database.across_tenants("test set-up") as tx:
+    async def keep_audio(resources: Resources) -> None:
+        async with resources.database.across_tenants("test set-up") as tx:
             tenant_id = (await tx.execute(text("select id from tenants where slug = 'demo'"))).scalar_one()
             await policies.put(tx, tenant_id, PolicyBody(keep_audio=True), actor="test")
 
-    async def found_abandoned(database: Database) -> list[str]:
-        assert await reap(database, 0) == 1
-        async with database.across_tenants("test") as tx:
+    async def found_abandoned(resources: Resources) -> list[str]:
+        assert await reap(resources.database, 0) == 1
+        async with resources.database.across_tenants("test") as tx:
             await tx.execute(text("update sessions set ended_at = ended_at - interval '2 min'"))
             return list((await tx.execute(text("select blob_key from recording_parts"))).scalars())
 
-    async def time_over(database: Database) -> None:
-        async with database.across_tenants("test") as tx:
+    async def time_over(resources: Resources) -> list[Any]:
+        async with resources.database.across_tenants("test") as tx:
             await tx.execute(text("update recordings set expires_at = now() - interval '1 s'"))
-
-    async def audited(database: Database) -> list[Any]:
-        async with database.across_tenants("test") as tx:
+        assert await expire(resources.database, resources.blobs) == 1
+        async with resources.database.across_tenants("test") as tx:
             query = text("select object, after from audit_log where action = 'recording.delete'")
             return list(await tx.execute(query))
 
-    with local_gateway(data_dir, **SETTINGS):
-        pass  # makes the tenant
-    beside(data_dir, keep_audio)
     with local_gateway(data_dir, **SETTINGS) as gateway:
+        beside(data_dir, keep_audio)
         session_id = asyncio.run(killed_while_speaking(gateway, data_dir))
     assert list((data_dir / "recordings").iterdir()) == []
 
@@ -98,22 +95,13 @@ def test_a_crash_leaves_nothing_unaccounted(tmp_path: Path) -> None:
     with local_gateway(data_dir, **SETTINGS) as gateway:
         session = asyncio.run(gateway.client.get(f"/v1/sessions/{session_id}")).json()
         response = asyncio.run(gateway.client.get(f"/v1/sessions/{session_id}/audio"))
+        ((object_, after),) = beside(data_dir, time_over)
     audio = session["audio"]
     assert (session["status"], audio["status"], audio["duration_ms"]) == ("interrupted", "kept", PART_SAMPLES // 16)
     assert audio["missing_ms"] == max(0, session["accepted_ms"] - audio["duration_ms"])
     assert response.content[44:] == np.resize(SPOKEN, PART_SAMPLES).tobytes()
 
-    beside(data_dir, time_over)
-    with local_gateway(data_dir, **SETTINGS):
-        asyncio.run(until_gone(data_dir))
     assert blobs_of(data_dir) == set()
-    ((object_, after),) = beside(data_dir, audited)
     assert object_ == f"recording/{session_id}"
     assert (after["stored"], after["found"], after["left"]) == (1, 1, 0)
     assert after["seen_gone"] >= 1
-
-
-async def until_gone(data_dir: Path) -> None:
-    async with asyncio.timeout(30):
-        while blobs_of(data_dir):  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
