@@ -11,7 +11,7 @@ import numpy as np
 from dispatchers.interface import SAMPLE_RATE, Samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 Form: TypeAlias = Literal["mp3", "wav", "flac"]
 
@@ -44,13 +44,19 @@ def encoder(form: Form, total: int | None = None) -> Encoder:
     return _Compressed(form, total)
 
 
-def unpacked(flac: bytes) -> Samples:
-    """The samples of a flac file that `encoder` made. Blocking."""
+def unpacked(flac: bytes, step: int) -> Iterator[Samples]:
+    """The samples of a flac file that `encoder` made, in pieces of at least `step`, but for the last. Blocking."""
     import av
 
+    held: list[Samples] = []
     with av.open(io.BytesIO(flac), "r", format="flac") as container:
-        pieces = [frame.to_ndarray()[0] for frame in container.decode(audio=0)]
-    return np.concatenate([np.empty(0, np.int16), *pieces])
+        for frame in container.decode(audio=0):
+            held.append(frame.to_ndarray()[0])
+            if sum(map(len, held)) >= step:
+                yield np.concatenate(held)
+                held = []
+    if held:
+        yield np.concatenate(held)
 
 
 class _Wav:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any, cast, get_args
 from uuid import UUID
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from dispatchers.audio.encode import MEDIA_TYPES, WAV_HEADER_BYTES, Form
 from gateway.api.query import choice, moment
 from gateway.auth import caller_of
-from gateway.playback import played
+from gateway.playback import Playing, played
 from gateway.state import gateway_of
 from policy import recordings
 from policy.errors import AudioGone, AudioNotKept, AudioNotReady, NotFound
@@ -40,9 +38,8 @@ async def fetch(request: Request) -> Response:
         headers["content-length"] = str(WAV_HEADER_BYTES + 2 * recording.samples)
     if request.method == "HEAD":
         return Response(headers=headers, media_type=MEDIA_TYPES[form])
-    pieces = played(gateway_of(request).resources.blobs, recording.parts, form)
-    first = await anext(pieces)  # a store that is away is still told with a status
-    return StreamingResponse(_all(first, pieces), headers=headers, media_type=MEDIA_TYPES[form])
+    pieces = played(gateway_of(request).resources.blobs, caller.tenant_id, recording, form)
+    return await Playing(pieces, form, headers).begun()
 
 
 async def delete(request: Request) -> Response:
@@ -96,13 +93,6 @@ def _session_id(request: Request) -> UUID:
     if session_id is None:
         raise NotFound("There is no such session.")
     return session_id
-
-
-async def _all(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with aclosing(rest):
-        yield first
-        async for piece in rest:
-            yield piece
 
 
 routes: list[BaseRoute] = [

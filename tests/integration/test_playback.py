@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ async def of(database: Database, tenant: Tenant, session_id: UUID) -> Recording:
 
 
 async def file(blobs: Blobs, recording: Recording, form: Form) -> bytes:
-    return b"".join([piece async for piece in played(blobs, recording.parts, form)])
+    return b"".join([piece async for piece in played(blobs, uuid4(), recording, form)])
 
 
 async def test_a_second_process_goes_on_where_the_first_one_was(

@@ -22,6 +22,7 @@ from dispatchers import recorder
 from dispatchers.audio.live import MULAW
 from dispatchers.audio.resample import Resampler
 from dispatchers.interface import Samples
+from gateway import playback
 from policy.policies import DAY_S
 from policy.tenants import Tenant
 from runtime.ids import read
@@ -345,3 +346,22 @@ async def test_a_full_disk_or_a_slow_encoder_costs_audio_and_no_session(
                 assert_problem(await http.get(f"/v1/sessions/{session_id}/audio"), 404, "AUDIO_NOT_KEPT")
                 assert (await http.delete(f"/v1/sessions/{session_id}/audio")).status_code == 204
     assert blobs_of(server, tenant) == []
+
+
+async def test_who_fetches_too_many_at_once_waits_and_who_leaves_makes_room(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(playback, "AT_ONCE_OF_A_TENANT", 1)
+    tenant = await server.tenant(keep_audio=True, max_stream_ms=3_600_000)
+    session_id = await recorded(server, tenant, bytes(2 * 16_000 * 300))  # more than the sockets' buffers take
+    path = f"/v1/sessions/{session_id}/audio"
+    async with server.http(server.token(tenant)) as http:
+        await session_of(http, session_id)
+        async with http.stream("GET", path) as fetching:
+            assert fetching.status_code == 200
+            assert_problem(await http.get(path), 429, "CONCURRENCY_LIMITED")
+        async with asyncio.timeout(10):
+            while playback._playing:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        monkeypatch.setattr(playback, "AT_ONCE", 0)
+        assert_problem(await http.get(path), 503, "NO_SEAT")
