@@ -151,6 +151,7 @@ class _Tape:
         self._bites: deque[_Bite] = deque()
         self._bites_size = 0
         self._parts: deque[_Part] = deque()
+        self._under_way: _Part | None = None  # being written
         self._in_hand: _Part | None = None  # being stored
         self._news = asyncio.Event()
         self._full = asyncio.Event()
@@ -212,20 +213,19 @@ class _Tape:
     # --- encoded ---
 
     async def _encode(self) -> None:
-        part: _Part | None = None
         while (bite := await self._next()) is not None:
             start, samples = bite.start, bite.samples
             while len(samples):
+                part = self._under_way
                 if part is not None and (part.samples >= PART_SAMPLES or part.end != start):
                     await self._filed(part)
                     part = None
-                part = part or _Part(start)
-                room = PART_SAMPLES - part.samples
-                if not await self._written(part, samples[:room]):
-                    part = None
-                start, samples = start + len(samples[:room]), samples[room:]
-        if part is not None:
-            await self._filed(part)
+                self._under_way = part = part or _Part(start)
+                piece = samples[: PART_SAMPLES - part.samples]
+                await self._written(part, piece)
+                start, samples = start + len(piece), samples[len(piece) :]
+        if self._under_way is not None:
+            await self._filed(self._under_way)
         self._encoded = True
         self._full.set()
 
@@ -239,30 +239,31 @@ class _Tape:
         self._bites_size -= len(bite.samples)
         return bite
 
-    async def _written(self, part: _Part, samples: Samples) -> bool:
+    async def _written(self, part: _Part, samples: Samples) -> None:
         try:
             await self._in_thread(lambda: part.add(samples, self._recorder.folder))
         except OSError as error:
-            log.warning("recording.disk", session_id=str(self._session_id), error=type(error).__name__)
-            self._lost(part.samples + len(samples), "disk")
-            part.drop()
-            return False
-        return True
+            self._no_room(part, len(samples), error)
 
     async def _filed(self, part: _Part) -> None:
         try:
             await self._in_thread(part.finish)
         except OSError as error:
-            log.warning("recording.disk", session_id=str(self._session_id), error=type(error).__name__)
-            self._lost(part.samples, "disk")
-            part.drop()
+            self._no_room(part, 0, error)
             return
+        self._under_way = None
         self._parts.append(part)
         self._full.set()
         if len(self._parts) > WAITING_PARTS:
             oldest = self._parts.popleft()
             self._lost(oldest.samples, "store")
             oldest.drop()
+
+    def _no_room(self, part: _Part, more: int, error: OSError) -> None:
+        log.warning("recording.disk", session_id=str(self._session_id), error=type(error).__name__)
+        self._lost(part.samples + more, "disk")
+        self._under_way = None
+        part.drop()
 
     # --- stored ---
 
@@ -323,13 +324,13 @@ class _Tape:
     def _give_up(self, reason: str) -> None:
         """What waits will not be stored."""
         self._over = True
-        parts = [*self._parts, *([self._in_hand] if self._in_hand else [])]
+        parts = [part for part in (self._in_hand, *self._parts, self._under_way) if part is not None]
         self._lost(sum(part.samples for part in parts) + self._bites_size, reason)
         for part in parts:
             part.drop()
         self._parts.clear()
         self._bites.clear()
-        self._in_hand, self._bites_size = None, 0
+        self._in_hand, self._under_way, self._bites_size = None, None, 0
 
     async def _in_thread(self, work: Callable[[], bytes | None]) -> bytes:
         return await asyncio.get_running_loop().run_in_executor(self._recorder.threads, work) or b""

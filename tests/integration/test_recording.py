@@ -25,8 +25,10 @@ from dispatchers.interface import Samples
 from gateway import playback
 from policy.policies import DAY_S
 from policy.tenants import Tenant
+from runtime.blobs import Blobs
 from runtime.ids import read
 from runtime.settings import Settings
+from runtime.telemetry import RECORDINGS_OVERDUE
 from tests.server import Served, assert_problem, post, serving
 from tests.streaming import clip, talking
 from workers import retention
@@ -365,3 +367,41 @@ async def test_who_fetches_too_many_at_once_waits_and_who_leaves_makes_room(
                 await asyncio.sleep(0.01)
         monkeypatch.setattr(playback, "AT_ONCE", 0)
         assert_problem(await http.get(path), 503, "NO_SEAT")
+
+
+class Stubborn(Blobs):
+    """A store that says it deleted and did not."""
+
+    async def delete(self, key: str) -> None:
+        pass
+
+
+async def test_what_is_not_seen_to_be_gone_is_not_called_deleted(server: Served) -> None:
+    samples, _ = clip("clip02.wav")
+    tenant = await server.tenant(keep_audio=True)
+    database, blobs = server.gateway.resources.database, server.gateway.resources.blobs
+    session_id = await recorded(server, tenant, samples.tobytes())
+    async with server.http(server.token(tenant)) as http:
+        await session_of(http, session_id)
+    await over(server, tenant, session_id)
+    failures = RECORDINGS_OVERDUE._value.get()
+    assert await expire(database, Stubborn(blobs._store)) == 0
+    assert RECORDINGS_OVERDUE._value.get() == failures + 1
+    assert len(await parts_of(server, tenant)) == 1
+    assert await audited(server, tenant, "recording.delete") == []
+    assert await expire(database, blobs) == 1
+    assert await parts_of(server, tenant) == []
+
+
+async def test_what_was_not_accepted_is_not_kept(server: Served) -> None:
+    samples, _ = clip("clip02.wav")
+    tenant = await server.tenant(keep_audio=True, max_stream_ms=2_000)
+    async with talking(server, server.token(tenant)) as talk:
+        await talk.say("start")
+        session_id = (await talk.until("ready"))["session_id"]
+        await talk.speak(samples.tobytes())
+        assert await talk.end() == (4408, "SESSION_TOO_LONG")
+    async with server.http(server.token(tenant)) as http:
+        session = await session_of(http, session_id)
+        assert (session["accepted_ms"], session["audio"]["duration_ms"]) == (2_000, 2_000)
+        assert np.array_equal(await fetched(http, session_id), samples[:32_000])
