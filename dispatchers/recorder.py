@@ -9,7 +9,6 @@ part under way lies on the disk in a file without a name: a crash leaves nothing
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TypeAlias
+from typing import TypeAlias
 from uuid import UUID
 
 import numpy as np
 import structlog
 
-from dispatchers.audio.encode import Encoder, encoder
+from dispatchers.audio.spooled import SpooledPart
 from dispatchers.interface import SAMPLE_RATE, Pcm, Samples, StreamInput
 from policy import recordings
 from policy.errors import LedgerUnavailable, NotFound
@@ -99,44 +98,6 @@ class _Bite:
     samples: Samples
 
 
-class _Part:
-    """A part that is written, or waits for the store. Its methods are blocking."""
-
-    def __init__(self, start: int):
-        self.start = start
-        self.samples = 0
-        self.stored_as: tuple[int, str] | None = None
-        self._file: IO[bytes] | None = None
-        self._encoder: Encoder | None = None
-
-    @property
-    def end(self) -> int:
-        return self.start + self.samples
-
-    def add(self, samples: Samples, folder: Path) -> None:
-        if self._file is None or self._encoder is None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file, self._encoder = tempfile.TemporaryFile(dir=folder), encoder("flac")  # noqa: SIM115
-        self._file.write(self._encoder.feed(samples))
-        self.samples += len(samples)
-
-    def finish(self) -> None:
-        if self._file is not None and self._encoder is not None:
-            self._file.write(self._encoder.end())
-            self._file.flush()
-            self._encoder = None
-
-    def content(self) -> bytes:
-        if self._file is None:
-            return b""
-        self._file.seek(0)
-        return self._file.read()
-
-    def drop(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
 class _Tape:
     """One session's. `heard` and `end` are called by the session and wait for nothing."""
 
@@ -150,9 +111,9 @@ class _Tape:
         self._fresh_size = 0
         self._bites: deque[_Bite] = deque()
         self._bites_size = 0
-        self._parts: deque[_Part] = deque()
-        self._under_way: _Part | None = None  # being written
-        self._in_hand: _Part | None = None  # being stored
+        self._parts: deque[SpooledPart] = deque()
+        self._under_way: SpooledPart | None = None  # being written
+        self._in_hand: SpooledPart | None = None  # being stored
         self._news = asyncio.Event()
         self._full = asyncio.Event()
         self._ended = self._encoded = self._over = False
@@ -220,7 +181,7 @@ class _Tape:
                 if part is not None and (part.samples >= PART_SAMPLES or part.end != start):
                     await self._filed(part)
                     part = None
-                self._under_way = part = part or _Part(start)
+                self._under_way = part = part or SpooledPart(start)
                 piece = samples[: PART_SAMPLES - part.samples]
                 await self._written(part, piece)
                 start, samples = start + len(piece), samples[len(piece) :]
@@ -239,13 +200,13 @@ class _Tape:
         self._bites_size -= len(bite.samples)
         return bite
 
-    async def _written(self, part: _Part, samples: Samples) -> None:
+    async def _written(self, part: SpooledPart, samples: Samples) -> None:
         try:
             await self._in_thread(lambda: part.add(samples, self._recorder.folder))
         except OSError as error:
             self._no_room(part, len(samples), error)
 
-    async def _filed(self, part: _Part) -> None:
+    async def _filed(self, part: SpooledPart) -> None:
         try:
             await self._in_thread(part.finish)
         except OSError as error:
@@ -259,7 +220,7 @@ class _Tape:
             self._lost(oldest.samples, "store")
             oldest.drop()
 
-    def _no_room(self, part: _Part, more: int, error: OSError) -> None:
+    def _no_room(self, part: SpooledPart, more: int, error: OSError) -> None:
         log.warning("recording.disk", session_id=str(self._session_id), error=type(error).__name__)
         self._lost(part.samples + more, "disk")
         self._under_way = None
@@ -275,7 +236,7 @@ class _Tape:
             self._in_hand = None
         await self._insisting(self._finish)
 
-    async def _oldest(self) -> _Part | None:
+    async def _oldest(self) -> SpooledPart | None:
         while not self._parts:
             if self._encoded:
                 return None
@@ -297,7 +258,7 @@ class _Tape:
         async with self._recorder.database.tenant(self._tenant_id) as tx:
             await recordings.begin(tx, self._tenant_id, self._session_id, self._ttl_s)
 
-    async def _put(self, part: _Part) -> None:
+    async def _put(self, part: SpooledPart) -> None:
         """Row, blob, row: whatever happens in between, a row accounts for the blob."""
         tenant_id, session_id, database = self._tenant_id, self._session_id, self._recorder.database
         if part.stored_as is None:

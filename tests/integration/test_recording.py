@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy import text
 
 from dispatchers import recorder
+from dispatchers.audio import spooled
 from dispatchers.audio.live import MULAW
 from dispatchers.audio.resample import Resampler
 from dispatchers.interface import Samples
@@ -335,7 +336,7 @@ async def test_a_full_disk_or_a_slow_encoder_costs_audio_and_no_session(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     for place, name, value in (
-        (recorder.tempfile, "TemporaryFile", full),
+        (spooled.tempfile, "TemporaryFile", full),
         (recorder, "BEHIND_SAMPLES", 0),
     ):
         with monkeypatch.context() as fault:
