@@ -15,6 +15,7 @@ from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.interface import Dispatcher
 from dispatchers.local import choose_model, local_backend
+from dispatchers.recorder import Recorder
 from policy.admission import Admission
 from policy.identity import Authenticator
 from policy.jwks import KeySets
@@ -32,6 +33,7 @@ class Opened:
     catalogue: Callable[[], tuple[ModelCard, ...]]
     model_note: str | None
     queue_wait_s: Callable[[], float]
+    recorder: Recorder
 
 
 @asynccontextmanager
@@ -49,10 +51,12 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
     vad = await asyncio.to_thread(SileroVad.load)
     backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(Segmenting(backend, vad))}
     admission = Admission(resources.database, resources.coordination)
+    recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")
     try:
-        door = Door(resources.database, admission, authenticator, backends)
-        yield Opened(door, authenticator, catalogue, note, wait_s)
+        door = Door(resources.database, admission, authenticator, backends, recorder)
+        yield Opened(door, authenticator, catalogue, note, wait_s, recorder)
     finally:
+        await recorder.aclose()
         for dispatcher in backends.values():
             await dispatcher.aclose()
         vad.close()

@@ -29,6 +29,7 @@ from dispatchers.interface import (
     to_ms,
 )
 from dispatchers.meter import Meter
+from dispatchers.recorder import Recorder
 from policy.admission import Admission, Lease, Outcome
 from policy.identity import Authenticator, Caller
 from policy.policies import Policy, current
@@ -94,7 +95,8 @@ class Live:
 
 
 class Door:
-    """Assembled once a process, over the backends plugged in here, keyed by policy's names for them."""
+    """Assembled once a process, over the backends plugged in here, keyed by policy's names for them. Where there are
+    live streams, a `recorder` keeps the audio of those whose policy says so."""
 
     def __init__(
         self,
@@ -102,11 +104,13 @@ class Door:
         admission: Admission,
         authenticator: Authenticator,
         backends: Mapping[str, Dispatcher],
+        recorder: Recorder | None = None,
     ):
         self._database = database
         self._admission = admission
         self._authenticator = authenticator
         self._backends = backends
+        self._recorder = recorder
 
     def offers(self) -> tuple[Offer, ...]:
         """What is plugged in, as the resolver sees it."""
@@ -213,7 +217,8 @@ class Door:
             ending: BaseException | None = None
             try:
                 async with (
-                    dispatcher.stream(meter.audio(audio), pinned) as events,
+                    self._taped(lease, policy, meter.audio(audio)) as metered,
+                    dispatcher.stream(metered, pinned) as events,
                     _merged(events, meter, summary) as merged,
                 ):
                     origin = dispatcher.origin(candidate.model)
@@ -225,6 +230,17 @@ class Door:
                 outcome = _stream_outcome(summary, ending, keep_text=policy.body.keep_transcripts)
                 receipt = await asyncio.shield(meter.finish(outcome))
                 summary.accepted_ms, summary.billed_ms = receipt.accepted_ms, receipt.billed_ms
+
+    @asynccontextmanager
+    async def _taped(
+        self, lease: Lease, policy: Policy, audio: AsyncIterator[StreamInput]
+    ) -> AsyncIterator[AsyncIterator[StreamInput]]:
+        """The audio, kept as it passes to the recogniser where the policy says so."""
+        if self._recorder is None:
+            yield audio
+            return
+        with self._recorder.taping(lease.tenant_id, lease.session_id, policy.body) as taped:
+            yield taped(audio)
 
     def _pinned(self, options: Options, candidate: Candidate, tenant_id: UUID) -> Options:
         return replace(options, model=candidate.model, share=tenant_id.hex)

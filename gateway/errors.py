@@ -138,6 +138,10 @@ MEANINGS: Mapping[str, Meaning] = {
     # jobs
     "JOB_NOT_READY": Meaning(409, 4400, "Job not ready"),
     "JOB_FAILED": Meaning(409, 4400, "Job failed"),
+    # kept audio
+    "AUDIO_NOT_KEPT": Meaning(404, 4400, "No audio kept"),
+    "AUDIO_NOT_READY": Meaning(409, 4400, "Audio not ready"),
+    "AUDIO_GONE": Meaning(410, 4400, "Audio deleted"),
     # live streams
     "UNSUPPORTED_FRAME": Meaning(400, 1003, "Unsupported frame"),
     "UNKNOWN_MESSAGE": Meaning(400, 4400, "Unknown message"),

@@ -153,7 +153,22 @@ SCHEMAS: dict[str, Any] = {
             "words": _INTEGER,
             "text": {**_MAYBE_STRING, "description": "Of a single session only; null where it is not kept."},
             "decision": {"type": "object"},
+            "audio": {
+                "anyOf": [ref("SessionAudio"), {"type": "null"}],
+                "description": "Of a single session only; null where none is kept.",
+            },
         }
+    ),
+    "SessionAudio": obj(
+        {
+            "status": {"type": "string", "enum": ["recording", "kept", "deleted"]},
+            "expires_at": _SECONDS,
+            "deleted_at": _SECONDS,
+            "duration_ms": _INTEGER,
+            "missing_ms": _INTEGER,
+            "missing": {"type": "array", "items": obj({"start_ms": _INTEGER, "end_ms": _INTEGER})},
+        },
+        required=["status"],
     ),
     "Sessions": listed("Session"),
     "UsageReport": obj(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dispatchers.audio.encode import MEDIA_TYPES
 from dispatchers.formats import FORMATS
 
 Json = dict[str, Any]
@@ -68,6 +69,16 @@ _TRANSCRIPT: Json = {
             "text/vtt": {"schema": {"type": "string"}},
             "text/event-stream": {"schema": {"type": "string"}},
         },
+    }
+}
+_AUDIO: Json = {
+    "200": {
+        "description": "The file: mono, 16 kHz, on the session's sample clock; what is missing is silence.",
+        "headers": {
+            "x-stenogate-missing-ms": {"schema": {"type": "integer"}, "description": "How much is missing."},
+            "content-disposition": {"schema": {"type": "string"}},
+        },
+        "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()},
     }
 }
 _PAGE = [
@@ -191,6 +202,25 @@ PATHS: Json = {
             scope="usage",
             parameters=[path_id("session_id")],
         )
+    },
+    "/v1/sessions/{session_id}/audio": {
+        "get": operation(
+            "Fetch a session's audio",
+            "Of a live session, where the policy keeps it (`keep_audio`), from its end until its time is over.",
+            _AUDIO,
+            scope="usage",
+            parameters=[
+                path_id("session_id"),
+                query("format", "Of the file.", {"type": "string", "enum": list(MEDIA_TYPES), "default": "wav"}),
+            ],
+        ),
+        "delete": operation(
+            "Delete a session's audio",
+            "Now, before its time is over. The session itself stays.",
+            {"204": {"description": "It is gone."}},
+            scope="usage",
+            parameters=[path_id("session_id")],
+        ),
     },
     "/v1/usage": {
         "get": operation(

@@ -9,7 +9,10 @@ PolicyError
 │   ├── BudgetExhausted · RateLimited · ConcurrencyLimited
 ├── NoPrice               nothing is ever sold at an accidental zero
 ├── NotFound              no such object, or another tenant's
-│   └── ModelNotFound
+│   ├── ModelNotFound
+│   └── AudioNotKept
+├── AudioNotReady         a session's audio, while the session goes on
+├── AudioGone             a session's audio, after its time
 ├── NothingUp             everything that is allowed is down
 ├── LedgerUnavailable     the database cannot be reached, so nothing can be sold
 ├── Conflict              it exists already, or is in a state that forbids this
@@ -120,6 +123,25 @@ class ModelNotFound(NotFound):
     """There is no such model. `GET /v1/models` lists the models you may use."""
 
     code = "MODEL_NOT_FOUND"
+
+
+class AudioNotKept(NotFound):
+    """No audio of this session was kept. Only live sessions keep theirs, where the tenant's policy says so."""
+
+    code = "AUDIO_NOT_KEPT"
+
+
+class AudioNotReady(PolicyError):
+    """The session's audio is still being recorded. Ask again when the session has ended."""
+
+    code = "AUDIO_NOT_READY"
+    retryable = True
+
+
+class AudioGone(PolicyError):
+    """The session's audio was kept and has been deleted."""
+
+    code = "AUDIO_GONE"
 
 
 class NothingUp(PolicyError):

@@ -22,6 +22,8 @@ Language = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 
 HOUR_MS = 3_600_000
+HOUR_S = 3_600
+DAY_S = 24 * HOUR_S
 
 
 class PolicyBody(BaseModel):
@@ -48,6 +50,10 @@ class PolicyBody(BaseModel):
     job_threshold_ms: PositiveInt | None = Field(None, description="Recordings above it become jobs. None: as above.")
 
     keep_transcripts: bool = Field(True, description="Whether sessions keep their final text.")
+    keep_audio: bool = Field(False, description="Whether live sessions keep their audio.")
+    audio_ttl_s: int = Field(
+        30 * DAY_S, ge=HOUR_S, le=3650 * DAY_S, description="How long audio is kept, from its end."
+    )
 
     @field_validator("backends", "models", "languages")
     @classmethod

@@ -1,6 +1,6 @@
 """Uploads and results too big for the database: on the local disk, or in S3, Google Cloud Storage or Azure.
 
-Nothing but `get` holds a whole blob in memory.
+Nothing but `put` and `get` holds a whole blob in memory.
 """
 
 from __future__ import annotations
@@ -81,6 +81,11 @@ class Blobs:
         size = (await asyncio.to_thread(path.stat)).st_size
         async with _answering(key, STEP_S + size / SLOWEST_BYTES_PER_S):
             await obstore.put_async(self._store, key, path, chunk_size=PART, max_concurrency=PARTS_AT_ONCE)
+
+    async def put(self, key: str, content: bytes) -> None:
+        """Stores a small blob whole or not at all, in place of what the key held."""
+        async with _answering(key, STEP_S):
+            await obstore.put_async(self._store, key, content)
 
     async def fetch(self, key: str, target: Path) -> None:
         """Copies the blob to a local file, which is not there afterwards if this fails."""

@@ -234,6 +234,11 @@ RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models wor
 
 JOBS = _gauge("jobs", "Jobs by state.", "state")
 
+RECORDED_SECONDS = _counter("recorded_audio_seconds", "Audio of live sessions kept.")
+UNRECORDED_SECONDS = _counter("unrecorded_audio_seconds", "Audio that was to be kept and is lost, by reason.", "reason")
+RECORDINGS_DELETED = _counter("recordings_deleted", "Kept recordings deleted for good, by reason.", "reason")
+RECORDINGS_OVERDUE = _counter("recording_deletions_failed", "Attempts to delete a recording that failed.")
+
 LEDGER_AUDIO_MS = _counter("ledger_audio_milliseconds", "Audio written to the ledger.", "backend")
 LEDGER_ROWS = _counter("ledger_rows", "Rows written to the ledger.", "backend")
 SETTLE_SECONDS = _histogram("settle_seconds", "Time the settling transaction took.", FAST)

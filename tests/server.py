@@ -127,7 +127,9 @@ async def serving(
         door = opened.door
         if recogniser is not None:
             admission = Admission(resources.database, resources.coordination)
-            door = Door(resources.database, admission, opened.authenticator, {"self_hosted": recogniser})
+            door = Door(
+                resources.database, admission, opened.authenticator, {"self_hosted": recogniser}, opened.recorder
+            )
         jobs = await stack.enter_async_context(open_jobs(resources, door))
         live = await stack.enter_async_context(live_settings(resources, poll_s=poll_s))
         gateway = Gateway(live, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s)

@@ -20,6 +20,7 @@ from runtime.telemetry import JOBS
 from workers.errors import Unheard
 from workers.queue import Doorbell
 from workers.recordings import collect
+from workers.retention import expire
 
 log = structlog.get_logger()
 
@@ -61,6 +62,7 @@ async def tidied(database: Database, blobs: Blobs) -> AsyncIterator[None]:
         _repeated(TIDY_S, lambda: reap(database, ABANDONED_S)),
         _repeated(TIDY_S, lambda: collect(database, blobs)),
         _repeated(TIDY_S, lambda: purge(database)),
+        _repeated(TIDY_S, lambda: expire(database, blobs)),
         _repeated(COUNT_S, lambda: count(database)),
     ):
         yield

@@ -69,3 +69,8 @@ def converter(channels: int) -> AudioResampler:
 def shaped(interleaved: Samples, channels: int) -> Samples:
     """The same samples as `Pcm` has them."""
     return interleaved if channels == 1 else interleaved.reshape(-1, channels)
+
+
+def mixed(samples: Samples) -> Samples:
+    """One channel: of two kept apart, their mean."""
+    return samples if samples.ndim == 1 else samples.mean(axis=1).astype(np.int16)

@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from gateway.api.audio import audio_json
 from gateway.api.query import choice, integer, moment
 from gateway.auth import caller_of
 from gateway.state import gateway_of
-from policy import sessions
+from policy import recordings, sessions
 from policy.errors import NotFound
 from policy.sessions import MAX_LIMIT, Kind, Session
 from runtime.ids import read, show
@@ -38,7 +39,9 @@ async def single(request: Request) -> Response:
         raise NotFound("There is no such session.")
     async with gateway_of(request).resources.database.tenant(caller.tenant_id) as tx:
         session = await sessions.get(tx, caller.tenant_id, session_id)
-    return JSONResponse(_session_json(session) | {"text": session.text, "decision": session.decision.as_json()})
+        recording = await recordings.get(tx, caller.tenant_id, session_id)
+    more = {"text": session.text, "decision": session.decision.as_json(), "audio": audio_json(recording)}
+    return JSONResponse(_session_json(session) | more)
 
 
 def _session_json(session: Session) -> dict[str, Any]:

@@ -48,6 +48,9 @@ ROWS = {
                values (:t, :a, '{}', 'f', 'k', 1)""",
     "tickets": """insert into tickets (tenant_id, digest, subject, scopes, token_id, token_expires_at, expires_at)
                   values (:t, sha256('x'), 'anna', '{transcribe}', 'tok_x', 1, now())""",
+    "recordings": "insert into recordings (tenant_id, session_id, expires_at) values (:t, :a, now())",
+    "recording_parts": """insert into recording_parts (tenant_id, session_id, number, start_sample, samples, blob_key)
+                          values (:t, :a, 1, 0, 1, 'k')""",
     "job_chunks": """insert into job_chunks (tenant_id, job_id, chunk_no, start_ms, end_ms, language, segments, origin)
                      values (:t, :a, 0, 0, 1, 'en', '[]', '{}')""",
 }
@@ -55,7 +58,7 @@ ROWS = {
 # What the app role itself writes; the rest is the system role's to write.
 WRITTEN_BY_APP = (
     "revoked_tokens", "budget_windows", "sessions", "budget_holds", "usage_keys", "usage_ledger", "audit_log", "jobs",
-    "job_chunks", "tickets",
+    "job_chunks", "tickets", "recordings", "recording_parts",
 )  # fmt: skip
 
 APPEND_ONLY = (
@@ -238,7 +241,7 @@ async def test_not_even_the_system_role_changes_the_books(database: Database, fu
 async def test_another_tenants_rows_cannot_be_changed_taken_or_given(
     database: Database, furnished: Tenant, other_tenant: Tenant
 ) -> None:
-    changeable = ("sessions", "budget_windows", "budget_holds", "jobs")
+    changeable = ("sessions", "budget_windows", "budget_holds", "jobs", "recordings", "recording_parts")
     for table in changeable:
         async with database.tenant(other_tenant.id) as tx:
             changed = await tx.execute(text(f"update {table} set tenant_id = tenant_id"))
@@ -246,7 +249,7 @@ async def test_another_tenants_rows_cannot_be_changed_taken_or_given(
         give = f"update {table} set tenant_id = :other"
         await denied(database, furnished, give, other=other_tenant.id)
     async with database.tenant(other_tenant.id) as tx:
-        for table in ("jobs", "job_chunks"):
+        for table in ("jobs", "job_chunks", "recording_parts"):
             assert (await tx.execute(text(f"delete from {table}"))).rowcount == 0, table
     async with database.tenant(furnished.id) as tx:
         assert await count(tx, "jobs") == 1
@@ -259,7 +262,7 @@ async def test_another_tenants_keys_can_be_used_again(
     async with database.tenant(furnished.id) as tx:
         session = (await tx.execute(text("select id from sessions"))).scalar_one()
     async with database.tenant(other_tenant.id) as tx:
-        for table in ("sessions", "usage_keys", "jobs", "revoked_tokens", "tickets"):
+        for table in ("sessions", "usage_keys", "jobs", "revoked_tokens", "tickets", "recordings", "recording_parts"):
             values = {"t": other_tenant.id, "a": session}
             await tx.execute(text(ROWS[table]), {name: v for name, v in values.items() if f":{name}" in ROWS[table]})
 

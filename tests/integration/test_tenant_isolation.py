@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from starlette.routing import Route
 from gateway.app import ROUTES
 from runtime.ids import show, uuid7
 from tests.server import Served, assert_problem, post
+from tests.streaming import talking
 
 OWNED = {"job_id": "job", "session_id": "sess"}
 """Path parameters that name an object of a tenant; `model` names none."""
@@ -27,30 +29,45 @@ WITH_ID = sorted(
 
 @dataclass(frozen=True)
 class Two:
-    """Tenant A with a job and sessions, and both their clients."""
+    """Tenant A with a job and sessions, and both their clients. `doomed` may be deleted."""
 
     ours: httpx.AsyncClient
     theirs: httpx.AsyncClient
     ids: dict[str, str]
+    doomed: dict[str, str]
 
 
 @pytest.fixture(scope="module")
 async def two(served: Served) -> AsyncIterator[Two]:
     async with (
-        served.http(served.token(await served.tenant())) as theirs,
+        served.http(their_token := served.token(await served.tenant(keep_audio=True))) as theirs,
         served.http(served.token(await served.tenant())) as ours,
     ):
         job = (await post(theirs, **{"async": "true"})).json()["id"]
         await theirs.get(f"/v1/jobs/{job}", params={"wait": "30"})
         await post(theirs)
-        session = (await theirs.get("/v1/sessions", params={"kind": "file"})).json()["data"][0]["id"]
-        yield Two(ours, theirs, {"job_id": job, "session_id": session})
+        session, doomed = [await recorded(served, theirs, their_token) for _ in range(2)]
+        yield Two(ours, theirs, {"job_id": job, "session_id": session}, {"job_id": job, "session_id": doomed})
+
+
+async def recorded(served: Served, http: httpx.AsyncClient, token: str) -> str:
+    """A live session whose audio is kept."""
+    async with talking(served, token) as talk:
+        await talk.say("start")
+        session_id = str((await talk.until("ready"))["session_id"])
+        await talk.speak(bytes(16_000))
+        await talk.say("stop")
+        await talk.end()
+    async with asyncio.timeout(20):
+        while (await http.get(f"/v1/sessions/{session_id}")).json()["audio"]["status"] != "kept":  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return session_id
 
 
 def test_every_parameter_is_known() -> None:
     named = {name for route in ROUTES for name in re.findall(r"\{(\w+)", getattr(route, "path", ""))}
     assert named == {*OWNED, "model"}
-    assert len(WITH_ID) >= 4
+    assert len(WITH_ID) >= 6
 
 
 @pytest.mark.parametrize(("method", "path"), WITH_ID)
@@ -59,8 +76,9 @@ async def test_their_objects_are_not_found(two: Two, method: str, path: str) -> 
         return re.sub(r"\{(\w+)[^}]*\}", lambda match: ids[match[1]], path)
 
     nobodys = {name: show(kind, uuid7()) for name, kind in OWNED.items()}  # type: ignore[arg-type]
-    assert (await two.theirs.request(method, filled(two.ids))).is_success
-    theirs = assert_problem(await two.ours.request(method, filled(two.ids)), 404, "NOT_FOUND")
+    ids = two.doomed if method == "DELETE" else two.ids
+    theirs = assert_problem(await two.ours.request(method, filled(ids)), 404, "NOT_FOUND")
+    assert (await two.theirs.request(method, filled(ids))).is_success
     none = assert_problem(await two.ours.request(method, filled(nobodys)), 404, "NOT_FOUND")
     assert theirs | {"request_id": ""} == none | {"request_id": ""}
     for nonsense in ("x", "job_", "sess_%00", two.ids["job_id"].upper(), "'; drop table jobs"):
