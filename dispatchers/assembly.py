@@ -46,7 +46,7 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
     )
     backend, catalogue, note, wait_s = await _self_hosted(settings)
     vad = await asyncio.to_thread(SileroVad.load)
-    backends: dict[str, Dispatcher] = {"self_hosted": Segmenting(backend, vad)}
+    backends: dict[str, Dispatcher] = {"self_hosted": Segmenting(backend, vad, most_speaking=settings.max_speaking)}
     admission = Admission(resources.database, resources.coordination)
     try:
         door = Door(resources.database, admission, authenticator, backends)

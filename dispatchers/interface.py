@@ -67,6 +67,11 @@ class Options:
     its partials only the newest may wait. `temperature` None means the recogniser's own default (for Whisper: the
     fallback ladder that starts at 0). `context` is what was said just before, as far as it is known; a recogniser that
     was not trained on previous text ignores it.
+
+    Of live streams: `partial_model` is asked for partials in place of `model` (empty: the same), one for each
+    `partial_interval_ms` of new speech. `max_delay_ms` is how long after it was spoken a word may wait for its delta,
+    on the stream's clock; None: until hypotheses agree. `max_speaking` is how many streams of this `share` may be
+    transcribed as they speak at once; None: any number.
     """
 
     model: str = ""
@@ -78,6 +83,10 @@ class Options:
     temperature: float | None = None
     words: bool = False
     partials: bool = True
+    partial_model: str = ""
+    partial_interval_ms: int = 250
+    max_delay_ms: int | None = None
+    max_speaking: int | None = None
     vad: VadOptions = field(default_factory=VadOptions)
     share: str = ""
     stream: str = ""
@@ -218,6 +227,14 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the listener should know and need not act on."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class StreamError:
     """Something went wrong and the stream goes on (or ends, when `fatal`)."""
 
@@ -227,7 +244,7 @@ class StreamError:
     fatal: bool = False
 
 
-Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cleared | Used | StreamError
+Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cleared | Used | Notice | StreamError
 
 
 # --- the seam -----------------------------------------------------------------------------------------------------

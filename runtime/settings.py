@@ -86,6 +86,12 @@ class Settings(BaseSettings):
     max_streams_per_address: int = Field(
         128, ge=1, description="Live streams of one client address (of one /64 with IPv6) in one process."
     )
+    max_speaking: int | None = Field(
+        None,
+        ge=1,
+        description="Live streams transcribed as they speak, at once in one process; others get finals only."
+        " Unset: any number.",
+    )
     max_queue_wait_s: float = Field(
         5.0, ge=0, description="New streams are refused while live work would wait longer for the engine."
     )

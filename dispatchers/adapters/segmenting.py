@@ -14,19 +14,21 @@ no partial is due in silence.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, ExitStack
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
+from dispatchers.adapters.cadence import Cadence
 from dispatchers.adapters.credence import Memory
+from dispatchers.adapters.floor import Floor, FloorTaken
+from dispatchers.adapters.outbox import Outbox
 from dispatchers.adapters.utterance import Utterance
 from dispatchers.audio.segment import Ended, Segmenter, Started
 from dispatchers.audio.vad import SileroVad
 from dispatchers.errors import AudioError, BackendError
 from dispatchers.interface import (
     SAMPLE_RATE,
-    SAMPLES_PER_MS,
     Capabilities,
     Clear,
     Cleared,
@@ -36,6 +38,7 @@ from dispatchers.interface import (
     Flushed,
     Gap,
     Heard,
+    Notice,
     Options,
     Origin,
     Pcm,
@@ -48,25 +51,28 @@ from dispatchers.interface import (
     ignore,
     to_ms,
 )
+from runtime.telemetry import SPEAKERS_LIMITED
 
-_EVENTS_WAITING = 64
 _FINALS_WAITING = 4
+_LIMITED = Notice(
+    "SPEAKERS_LIMITED", "More speak at once than may. What is said now comes in finals only, until a place is free."
+)
 _BITE = SAMPLE_RATE  # samples looked at in one go, however much comes at once
 
 
 class Segmenting:
-    """A dispatcher that streams by means of `batch`. A partial is due for every `partial_interval_ms` of new speech,
-    the first as soon as an utterance is announced; at most one is under way in a stream, after which it rests for as
-    long as that took, so that a busy engine is asked less often. One that fails or comes too late is dropped: the final
-    says what is true.
+    """A dispatcher that streams by means of `batch`. When a partial is asked for is `Cadence`'s to say; one that fails
+    or comes too late is dropped: the final says what is true. Where more speak at once than may (`most_speaking` in
+    all, None: any number; `Options.max_speaking` of one share), those who began last get their finals only, and a
+    `Notice`, until a place is free.
 
     A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on.
     """
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, *, partial_interval_ms: int = 250):
+    def __init__(self, batch: Dispatcher, vad: SileroVad, *, most_speaking: int | None = None):
         self._batch = batch
         self._vad = vad
-        self._interval = partial_interval_ms * SAMPLES_PER_MS
+        self._floor = Floor(most_speaking)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -82,31 +88,12 @@ class Segmenting:
         self, audio: AsyncIterator[StreamInput], options: Options
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         options = replace(options, stream=uuid4().hex)
-        return _streaming(_Stream(self._batch, self._vad, self._interval, options), audio)
+        out = Outbox()
+        stream = _Stream(self._batch, self._vad, self._floor, options, out)
+        return out.filled_by(lambda: stream.run(audio))
 
     async def aclose(self) -> None:
         await self._batch.aclose()
-
-
-@dataclass(frozen=True, slots=True)
-class _Stopped:
-    """The last thing in the queue of events: the stream's end, or what ended it."""
-
-    failure: BaseException | None = None
-
-
-@asynccontextmanager
-async def _streaming(stream: _Stream, audio: AsyncIterator[StreamInput]) -> AsyncIterator[AsyncIterator[Event]]:
-    """Everything a stream runs lives in one task, which ends before this does. Its failure is raised where the events
-    are read, as itself, so it never cancels the reader or comes wrapped in a group."""
-    task = asyncio.create_task(stream.run(audio))
-    events = stream.read()
-    try:
-        yield events
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-        await events.aclose()
 
 
 @dataclass(slots=True)
@@ -128,37 +115,29 @@ class _Early:
 class _Stream:
     """The state of one stream."""
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, interval: int, options: Options):
+    def __init__(self, batch: Dispatcher, vad: SileroVad, floor: Floor, options: Options, out: Outbox):
         self._batch = batch
         self._options = options
-        self._interval = interval
+        self._out = out
+        self._floor = floor
+        self._place = ExitStack()  # among those who speak
+        self._has_place = self._limit_told = False
         self._vad = vad.stream()
         self._segmenter = Segmenter(options.vad)
-        self._events: asyncio.Queue[Event | _Stopped] = asyncio.Queue(_EVENTS_WAITING)
         self._answers: asyncio.Queue[tuple[_Heard, Ended] | Event | None] = asyncio.Queue(_FINALS_WAITING)
         self._telling = asyncio.Lock()  # one utterance's events go out together
         self._current = _Heard(0)  # none yet
+        self._open: list[_Heard] = []  # announced, and not yet answered
         self._partial: asyncio.Task[None] | None = None
-        self._partial_due = 0  # in samples
-        self._rest_until = 0.0  # on the loop's clock
+        self._cadence = Cadence(options.partial_interval_ms, asyncio.get_running_loop().time)
         self._memory = Memory()
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
-        """Reads the input to its end, answers all of it, and says how that went to whoever reads the events."""
-        stopped = _Stopped()
-        try:
+        """Reads the input to its end and answers all of it."""
+        with self._place:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._answer())
                 await self._listen(audio, tasks)
-        except BaseExceptionGroup as group:
-            stopped = _Stopped(_first(group))
-        await self._events.put(stopped)
-
-    async def read(self) -> AsyncGenerator[Event, None]:
-        while not isinstance(event := await self._events.get(), _Stopped):
-            yield event
-        if event.failure is not None:
-            raise event.failure
 
     # --- hearing ---
 
@@ -185,13 +164,16 @@ class _Stream:
         elif self._segmenter.voiced_until:
             self._drop_early(self._current)
             self._ask(tasks)
+        await self._hurry()
 
     async def _act(self, action: Started | Ended) -> None:
         match action:
             case Started(number, start):
-                self._current = _Heard(number)
-                self._partial_due, self._rest_until = 0, 0.0
-                await self._events.put(SpeechStarted(number, to_ms(start)))
+                self._current = _Heard(number, to_ms(start))
+                self._open.append(self._current)
+                self._cadence.restart()
+                await self._out.put(SpeechStarted(number, to_ms(start)))
+                await self._take_place()
             case Ended():
                 await self._answers.put((self._leave(), action))
 
@@ -205,35 +187,52 @@ class _Stream:
             utterance = self._leave()
             self._drop_early(utterance)
             async with self._telling:
-                utterance.closed = True
+                self._close(utterance)
             await self._answers.put(Gap(to_ms(dropped.start), to_ms(dropped.end), "cleared"))
         await self._answers.put(Cleared(to_ms(self._segmenter.accepted)))
 
     def _leave(self) -> _Heard:
         """The utterance being heard, which is over: a hypothesis still asked for would come too late."""
         self._drop_partial(self._current)
+        self._place.close()
+        self._has_place = False
         return self._current
+
+    # --- a place among those who speak ---
+
+    async def _take_place(self) -> None:
+        """Who wants no partials needs none."""
+        if not self._options.partials or self._gets_place():
+            return
+        SPEAKERS_LIMITED.inc()
+        if not self._limit_told:
+            self._limit_told = True
+            await self._out.put(_LIMITED)
+
+    def _gets_place(self) -> bool:
+        if not self._has_place:
+            try:
+                self._place.enter_context(self._floor.place(self._options.share, self._options.max_speaking))
+            except FloorTaken:
+                return False
+            self._has_place = True
+        return True
 
     # --- partials ---
 
     def _ask(self, tasks: asyncio.TaskGroup) -> None:
         """Has the utterance so far transcribed, if that is due and this stream may ask for it."""
-        if not self._options.partials or self._segmenter.voiced_until < self._partial_due:
+        if not self._options.partials or not self._cadence.due(self._segmenter.voiced_until):
             return
-        self._partial_due = self._segmenter.voiced_until + self._interval
         busy = self._partial is not None and not self._partial.done()
-        if busy or asyncio.get_running_loop().time() < self._rest_until:
+        if busy or self._cadence.resting:
             self._current.coalesced += 1
-        elif (heard := self._segmenter.so_far()) is not None:
+        elif self._gets_place() and (heard := self._segmenter.so_far()) is not None:
             self._partial = self._current.asking = tasks.create_task(self._hypothesise(self._current, heard))
 
     async def _hypothesise(self, utterance: _Heard, heard: Ended) -> None:
-        clock = asyncio.get_running_loop().time
-        begun = clock()
-        try:
+        with self._cadence.under_way():
             transcript = await self._recognise(heard, "partial")
-        finally:
-            self._rest_until = 2 * clock() - begun
         utterance.asking = None  # no longer to be cancelled: what is told is told whole
         if transcript is None:
             utterance.dropped += 1
@@ -250,7 +249,19 @@ class _Stream:
         """Tells a hypothesis, unless the utterance is over."""
         async with self._telling:
             if not utterance.closed:
-                await self._tell(utterance.hypothesis(transcript, *_span(heard)))
+                await self._out.put(*utterance.hypothesis(transcript, *_span(heard)))
+        await self._hurry()
+
+    async def _hurry(self) -> None:
+        """Tells what would otherwise wait for agreement longer than it may. The answer to an utterance may be late, so
+        this holds for those that have ended, too."""
+        if self._options.max_delay_ms is None:
+            return
+        until_ms = to_ms(self._segmenter.accepted) - self._options.max_delay_ms
+        for utterance in tuple(self._open):
+            async with self._telling:
+                if not utterance.closed:
+                    await self._out.put(*utterance.overdue(until_ms))
 
     async def _recognise(self, heard: Ended, urgency: Urgency) -> Transcript | None:
         """None where the recogniser failed."""
@@ -268,7 +279,7 @@ class _Stream:
                 case (utterance, ended):
                     await self._finish(utterance, ended)
                 case event:
-                    await self._events.put(event)
+                    await self._out.put(event)
 
     def _begin_final(self, tasks: asyncio.TaskGroup) -> None:
         """Begins the final of an utterance that seems to be over, unless that has been done."""
@@ -279,7 +290,7 @@ class _Stream:
         self._drop_partial(utterance)
         answer = tasks.create_task(self._recognise(heard, "final"))
         utterance.early = _Early(heard.end, answer)
-        if self._options.partials:
+        if self._has_place:
             tasks.create_task(self._anticipate(utterance, heard, answer))
 
     async def _anticipate(self, utterance: _Heard, heard: Ended, answer: asyncio.Task[Transcript | None]) -> None:
@@ -308,8 +319,8 @@ class _Stream:
             options = self._options
             events = utterance.final(transcript, *_span(ended), words=options.words, deltas=options.partials)
         async with self._telling:
-            utterance.closed = True
-            await self._tell(events)
+            self._close(utterance)
+            await self._out.put(*events)
 
     async def _last_word(self, utterance: _Heard, ended: Ended) -> Transcript:
         """The early final, if it heard the same audio and did not fail. Raises what the recogniser raises."""
@@ -320,17 +331,10 @@ class _Stream:
         self._drop_early(utterance)
         return await self._batch.transcribe(ended.audio, self._memory.options(self._options, "final"))
 
-    async def _tell(self, events: list[Event]) -> None:
-        for event in events:
-            await self._events.put(event)
+    def _close(self, utterance: _Heard) -> None:
+        utterance.closed = True
+        self._open.remove(utterance)
 
 
 def _span(heard: Ended) -> tuple[int, int]:
     return to_ms(heard.start), to_ms(heard.end)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    failure: BaseException = group
-    while isinstance(failure, BaseExceptionGroup):
-        failure = failure.exceptions[0]
-    return failure
