@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from runtime.telemetry import SPEAKERS
 
@@ -33,6 +33,38 @@ class Floor:
             self._speaking[share] -= 1
             if not self._speaking[share]:
                 del self._speaking[share]
+
+
+class Speaker:
+    """One stream of a share, which may have `limit` speakers. To be entered: nothing it leaves keeps a place."""
+
+    def __init__(self, floor: Floor, share: str, limit: int | None):
+        self._floor = floor
+        self._share = share
+        self._limit = limit
+        self._held = ExitStack()
+        self.has_place = False
+
+    def __enter__(self) -> Speaker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def take_place(self) -> bool:
+        """Whether it has one, or gets one now."""
+        if not self.has_place:
+            try:
+                self._held.enter_context(self._floor.place(self._share, self._limit))
+            except FloorTaken:
+                return False
+            self.has_place = True
+        return True
+
+    def leave(self) -> None:
+        """It has finished speaking."""
+        self._held.close()
+        self.has_place = False
 
 
 def _full(taken: int, limit: int | None) -> bool:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, ExitStack
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
 from dispatchers.adapters.cadence import Cadence
 from dispatchers.adapters.credence import Memory
-from dispatchers.adapters.floor import Floor, FloorTaken
+from dispatchers.adapters.floor import Floor, Speaker
 from dispatchers.adapters.outbox import Outbox
+from dispatchers.adapters.telling import Telling
 from dispatchers.adapters.utterance import Utterance
 from dispatchers.audio.segment import Ended, Segmenter, Started
 from dispatchers.audio.vad import SileroVad
@@ -43,7 +44,6 @@ from dispatchers.interface import (
     Origin,
     Pcm,
     Samples,
-    SpeechStarted,
     StreamError,
     StreamInput,
     Transcript,
@@ -96,7 +96,7 @@ class Segmenting:
         await self._batch.aclose()
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Heard(Utterance):
     """An utterance under way: the task that asks for a hypothesis, and the early final."""
 
@@ -119,22 +119,20 @@ class _Stream:
         self._batch = batch
         self._options = options
         self._out = out
-        self._floor = floor
-        self._place = ExitStack()  # among those who speak
-        self._has_place = self._limit_told = False
+        self._speaker = Speaker(floor, options.share, options.max_speaking)
+        self._limit_told = False
         self._vad = vad.stream()
         self._segmenter = Segmenter(options.vad)
         self._answers: asyncio.Queue[tuple[_Heard, Ended] | Event | None] = asyncio.Queue(_FINALS_WAITING)
-        self._telling = asyncio.Lock()  # one utterance's events go out together
+        self._telling = Telling(out, options.max_delay_ms)
         self._current = _Heard(0)  # none yet
-        self._open: list[_Heard] = []  # announced, and not yet answered
         self._partial: asyncio.Task[None] | None = None
         self._cadence = Cadence(options.partial_interval_ms, asyncio.get_running_loop().time)
         self._memory = Memory()
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end and answers all of it."""
-        with self._place:
+        with self._speaker:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._answer())
                 await self._listen(audio, tasks)
@@ -164,15 +162,14 @@ class _Stream:
         elif self._segmenter.voiced_until:
             self._drop_early(self._current)
             self._ask(tasks)
-        await self._hurry()
+        await self._telling.hurry(to_ms(self._segmenter.accepted))
 
     async def _act(self, action: Started | Ended) -> None:
         match action:
             case Started(number, start):
                 self._current = _Heard(number, to_ms(start))
-                self._open.append(self._current)
                 self._cadence.restart()
-                await self._out.put(SpeechStarted(number, to_ms(start)))
+                await self._telling.begin(self._current)
                 await self._take_place()
             case Ended():
                 await self._answers.put((self._leave(), action))
@@ -186,39 +183,26 @@ class _Stream:
         if dropped is not None:
             utterance = self._leave()
             self._drop_early(utterance)
-            async with self._telling:
-                self._close(utterance)
+            await self._telling.end(utterance)
             await self._answers.put(Gap(to_ms(dropped.start), to_ms(dropped.end), "cleared"))
         await self._answers.put(Cleared(to_ms(self._segmenter.accepted)))
 
     def _leave(self) -> _Heard:
         """The utterance being heard, which is over: a hypothesis still asked for would come too late."""
         self._drop_partial(self._current)
-        self._place.close()
-        self._has_place = False
+        self._speaker.leave()
         return self._current
 
-    # --- a place among those who speak ---
+    # --- partials ---
 
     async def _take_place(self) -> None:
-        """Who wants no partials needs none."""
-        if not self._options.partials or self._gets_place():
+        """A place among those who speak; who wants no partials needs none."""
+        if not self._options.partials or self._speaker.take_place():
             return
         SPEAKERS_LIMITED.inc()
         if not self._limit_told:
             self._limit_told = True
             await self._out.put(_LIMITED)
-
-    def _gets_place(self) -> bool:
-        if not self._has_place:
-            try:
-                self._place.enter_context(self._floor.place(self._options.share, self._options.max_speaking))
-            except FloorTaken:
-                return False
-            self._has_place = True
-        return True
-
-    # --- partials ---
 
     def _ask(self, tasks: asyncio.TaskGroup) -> None:
         """Has the utterance so far transcribed, if that is due and this stream may ask for it."""
@@ -227,7 +211,7 @@ class _Stream:
         busy = self._partial is not None and not self._partial.done()
         if busy or self._cadence.resting:
             self._current.coalesced += 1
-        elif self._gets_place() and (heard := self._segmenter.so_far()) is not None:
+        elif self._speaker.take_place() and (heard := self._segmenter.so_far()) is not None:
             self._partial = self._current.asking = tasks.create_task(self._hypothesise(self._current, heard))
 
     async def _hypothesise(self, utterance: _Heard, heard: Ended) -> None:
@@ -239,29 +223,15 @@ class _Stream:
         else:
             await self._suppose(utterance, heard, transcript)
 
+    async def _suppose(self, utterance: _Heard, heard: Ended, transcript: Transcript) -> None:
+        await self._telling.suppose(utterance, transcript, *_span(heard))
+        await self._telling.hurry(to_ms(self._segmenter.accepted))
+
     def _drop_partial(self, utterance: _Heard) -> None:
         if utterance.asking is not None:
             utterance.asking.cancel()
             utterance.asking = None
             utterance.dropped += 1
-
-    async def _suppose(self, utterance: _Heard, heard: Ended, transcript: Transcript) -> None:
-        """Tells a hypothesis, unless the utterance is over."""
-        async with self._telling:
-            if not utterance.closed:
-                await self._out.put(*utterance.hypothesis(transcript, *_span(heard)))
-        await self._hurry()
-
-    async def _hurry(self) -> None:
-        """Tells what would otherwise wait for agreement longer than it may. The answer to an utterance may be late, so
-        this holds for those that have ended, too."""
-        if self._options.max_delay_ms is None:
-            return
-        until_ms = to_ms(self._segmenter.accepted) - self._options.max_delay_ms
-        for utterance in tuple(self._open):
-            async with self._telling:
-                if not utterance.closed:
-                    await self._out.put(*utterance.overdue(until_ms))
 
     async def _recognise(self, heard: Ended, urgency: Urgency) -> Transcript | None:
         """None where the recogniser failed."""
@@ -290,7 +260,7 @@ class _Stream:
         self._drop_partial(utterance)
         answer = tasks.create_task(self._recognise(heard, "final"))
         utterance.early = _Early(heard.end, answer)
-        if self._has_place:
+        if self._speaker.has_place:
             tasks.create_task(self._anticipate(utterance, heard, answer))
 
     async def _anticipate(self, utterance: _Heard, heard: Ended, answer: asyncio.Task[Transcript | None]) -> None:
@@ -306,21 +276,18 @@ class _Stream:
             utterance.early = None
 
     async def _finish(self, utterance: _Heard, ended: Ended) -> None:
-        events: list[Event]
+        options, span = self._options, _span(ended)
         try:
             transcript = await self._last_word(utterance, ended)
         except (BackendError, AudioError) as failure:
-            events = [
-                StreamError(failure.code, failure.message, failure.retryable),
-                Gap(*_span(ended), failure.code),
-            ]
+            lost = StreamError(failure.code, failure.message, failure.retryable), Gap(*span, failure.code)
+            await self._telling.end(utterance, lambda: lost)
         else:
             self._memory.note(transcript)
-            options = self._options
-            events = utterance.final(transcript, *_span(ended), words=options.words, deltas=options.partials)
-        async with self._telling:
-            self._close(utterance)
-            await self._out.put(*events)
+            await self._telling.end(
+                utterance,
+                lambda: utterance.final(transcript, *span, words=options.words, deltas=options.partials),
+            )
 
     async def _last_word(self, utterance: _Heard, ended: Ended) -> Transcript:
         """The early final, if it heard the same audio and did not fail. Raises what the recogniser raises."""
@@ -330,10 +297,6 @@ class _Stream:
                 return transcript
         self._drop_early(utterance)
         return await self._batch.transcribe(ended.audio, self._memory.options(self._options, "final"))
-
-    def _close(self, utterance: _Heard) -> None:
-        utterance.closed = True
-        self._open.remove(utterance)
 
 
 def _span(heard: Ended) -> tuple[int, int]:

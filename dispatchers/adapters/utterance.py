@@ -9,14 +9,12 @@ from dispatchers.audio.stabilise import Stabiliser, normal
 from dispatchers.interface import Delta, Event, Final, Partial, Transcript
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Utterance:
-    """`closed` once its final or gap is being told; `coalesced` and `dropped` are its untold partials (see `Final`).
-    Times are in ms of the stream."""
+    """`coalesced` and `dropped` are its untold partials (see `Final`). Times are in ms of the stream."""
 
     number: int
     start_ms: int = 0
-    closed: bool = False
     coalesced: int = 0
     dropped: int = 0
     _stabiliser: Stabiliser = field(init=False)
