@@ -546,21 +546,26 @@ async def test_no_word_waits_longer_than_it_may(vad: SileroVad, speech: Samples)
 
 
 async def test_a_late_final_does_not_keep_words_back(vad: SileroVad, speech: Samples):
+    """Here the next utterance has begun before the words of the first are old enough."""
     batch = Asked(never_the_same)
     batch.hold("final")
-    options = Options(max_delay_ms=700)
-    silence = np.zeros(3 * 16_000, np.int16)
-    async with Segmenting(batch, vad).stream(talk(batch, speech[: 2_600 * 16], silence), options) as events:
-        told = list[Event]()
+    told = list[Event]()
+    before_finals = list[Event]()
+
+    async def finals_at_last() -> AsyncIterator[StreamInput]:
+        async for item in talk(batch, speech[: 5_000 * 16]):
+            yield item
+        before_finals.extend(told)
+        batch.gates["final"].set()
+
+    async with Segmenting(batch, vad).stream(finals_at_last(), Options(max_delay_ms=2_800)) as events:
         async for event in events:
             told.append(event)
-            if isinstance(event, Delta) and event.end_ms >= FIRST_DONE_MS - 400:
-                batch.gates["final"].set()
-    shown = of(told, Partial)[-1]
-    assert isinstance(shown, Partial)
-    assert len("".join(event.text for event in of(told, Delta) if isinstance(event, Delta)).split()) == len(
-        shown.text.split()
-    )
+    assert len(of(before_finals, SpeechStarted)) == 2
+    assert not of(before_finals, Final)
+    shown = [event.text for event in before_finals if isinstance(event, Partial) and event.utterance == 1][-1]
+    firm = "".join(event.text for event in before_finals if isinstance(event, Delta) and event.utterance == 1)
+    assert len(firm.split()) == len(shown.split()) > 3
 
 
 async def test_partials_of_one_model_and_finals_of_another(vad: SileroVad, speech: Samples):
@@ -619,6 +624,28 @@ async def test_a_place_is_free_again_when_its_speaker_has_finished_or_gone(vad: 
         assert not of([event async for event in events], Notice)
     async with adapter.stream(talk(None, speech[: 3_000 * 16]), Options()) as events:
         assert not of([event async for event in events], Notice)
+
+
+async def test_a_pause_makes_room_for_others(vad: SileroVad, speech: Samples):
+    batch = Asked(lambda *_: "we are here now")
+    adapter = Segmenting(batch, vad, most_speaking=1)
+    go_on = asyncio.Event()
+
+    async def with_a_pause() -> AsyncIterator[StreamInput]:
+        async for item in talk(batch, speech[: 2_600 * 16]):
+            yield item
+        await go_on.wait()
+        async for item in talk(batch, speech[2_600 * 16 : 6_900 * 16]):
+            yield item
+
+    async with adapter.stream(with_a_pause(), Options()) as first:
+        while not isinstance(await anext(first), Final):
+            pass
+        async with adapter.stream(until_speech(speech, asyncio.Event()), Options()) as second:
+            begun = [await anext(second), await anext(second)]
+            assert [type(event) for event in begun] == [SpeechStarted, Partial]
+            go_on.set()
+            assert len(of([event async for event in first], Notice)) == 1, "now the first one speaks beyond the limit"
 
 
 async def test_who_gets_a_place_late_gets_partials_from_then_on(vad: SileroVad, speech: Samples):
