@@ -253,7 +253,8 @@ Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cle
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a dispatcher can do, as data. `languages` None means any; `models` are the names it answers to, its default
-    first."""
+    first. `latest_wins`: of one `Options.stream` a newer partial takes the place of a waiting one, and is refused while
+    one runs; whichever goes raises `Superseded`."""
 
     batch: bool = True
     stream: bool = False
@@ -262,6 +263,7 @@ class Capabilities:
     translate: bool = False
     speakers: bool = False
     prompt: bool = False
+    latest_wins: bool = False
     languages: frozenset[str] | None = None
     models: tuple[str, ...] = ()
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from dispatchers.interface import SAMPLES_PER_MS
 
 
 class Cadence:
-    """A hypothesis is due for every `interval_ms` of new speech, the first as soon as an utterance is announced. At
-    most one is under way, after which the stream rests for as long as that took, so that a busy engine is asked less
-    often. Speech is counted in samples, rest in seconds of `clock`.
+    """A hypothesis is due for every `interval_ms` of new speech, the first as soon as an utterance is announced. After
+    one the stream rests for as long as that took, waiting included, so that a busy engine is asked less often. Speech
+    is counted in samples, rest in seconds of `clock`.
     """
 
     def __init__(self, interval_ms: int, clock: Callable[[], float]):
         self._interval = interval_ms * SAMPLES_PER_MS
         self._clock = clock
         self._due = 0
+        self._begun = 0.0
         self._rest_until = 0.0
 
     def restart(self) -> None:
@@ -35,11 +35,10 @@ class Cadence:
     def resting(self) -> bool:
         return self._clock() < self._rest_until
 
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Around a hypothesis."""
-        begun = self._clock()
-        try:
-            yield
-        finally:
-            self._rest_until = 2 * self._clock() - begun
+    def begin(self) -> None:
+        """A hypothesis is asked for, in no other's place."""
+        self._begun = self._clock()
+
+    def rest(self) -> None:
+        """It has come, or is wanted no more."""
+        self._rest_until = 2 * self._clock() - self._begun

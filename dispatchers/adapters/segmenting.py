@@ -9,6 +9,12 @@ speaking, it is begun (the early final), and its answer waits for the end instea
 never serves as the final, though some cover the same speech: a partial is searched less thoroughly (beam 1), which
 tripled the micro model's word error where it was tried (2.9 % against 1.0 % of 210 words). Nor would it save much, as
 no partial is due in silence.
+
+A partial that waits in a recogniser's queue grows stale there. So where only the newest may wait (`latest_wins`), the
+next one that is due takes its place. With an engine of 75 ms a partial and 160 ms a final, on two workers, the text
+told was at most 0.35 s old (p95) at 24 streams instead of 0.68, and 0.39 instead of 1.40 at 40, for the same number of
+recognitions and the same finals. To let one wait behind a running one, too, gained nothing more, and had a slow engine
+(0.45 s a partial) do 2.5 times the partials.
 """
 
 from __future__ import annotations
@@ -27,7 +33,7 @@ from dispatchers.adapters.telling import Telling
 from dispatchers.adapters.utterance import Utterance
 from dispatchers.audio.segment import Ended, Segmenter, Started
 from dispatchers.audio.vad import SileroVad
-from dispatchers.errors import AudioError, BackendError
+from dispatchers.errors import AudioError, BackendError, Superseded
 from dispatchers.interface import (
     SAMPLE_RATE,
     Capabilities,
@@ -47,7 +53,6 @@ from dispatchers.interface import (
     StreamError,
     StreamInput,
     Transcript,
-    Urgency,
     ignore,
     to_ms,
 )
@@ -57,6 +62,7 @@ _FINALS_WAITING = 4
 _LIMITED = Notice(
     "SPEAKERS_LIMITED", "More speak at once than may. What is said now comes in finals only, until a place is free."
 )
+_ASKED_AT_ONCE = 2  # partials of one stream; the older waits, and the newer takes its place or is refused
 _BITE = SAMPLE_RATE  # samples looked at in one go, however much comes at once
 
 
@@ -98,9 +104,8 @@ class Segmenting:
 
 @dataclass(eq=False, slots=True)
 class _Heard(Utterance):
-    """An utterance under way: the task that asks for a hypothesis, and the early final."""
+    """An utterance under way, and its early final."""
 
-    asking: asyncio.Task[None] | None = None
     early: _Early | None = None
 
 
@@ -126,7 +131,8 @@ class _Stream:
         self._answers: asyncio.Queue[tuple[_Heard, Ended] | Event | None] = asyncio.Queue(_FINALS_WAITING)
         self._telling = Telling(out, options.max_delay_ms)
         self._current = _Heard(0)  # none yet
-        self._partial: asyncio.Task[None] | None = None
+        self._latest_wins = batch.capabilities.latest_wins
+        self._asked: set[asyncio.Task[None]] = set()  # hypotheses of the current utterance
         self._cadence = Cadence(options.partial_interval_ms, asyncio.get_running_loop().time)
         self._memory = Memory()
 
@@ -208,19 +214,32 @@ class _Stream:
         """Has the utterance so far transcribed, if that is due and this stream may ask for it."""
         if not self._options.partials or not self._cadence.due(self._segmenter.voiced_until):
             return
-        busy = self._partial is not None and not self._partial.done()
-        if busy or self._cadence.resting:
+        if not self._may_ask():
             self._current.coalesced += 1
         elif self._speaker.take_place() and (heard := self._segmenter.so_far()) is not None:
-            self._partial = self._current.asking = tasks.create_task(self._hypothesise(self._current, heard))
+            if not self._asked:
+                self._cadence.begin()
+            task = tasks.create_task(self._hypothesise(self._current, heard))
+            self._asked.add(task)
+            task.add_done_callback(self._asked.discard)
+
+    def _may_ask(self) -> bool:
+        """While one is under way, only a recogniser that lets a newer one take its place in the queue."""
+        if self._asked:
+            return self._latest_wins and len(self._asked) < _ASKED_AT_ONCE
+        return not self._cadence.resting
 
     async def _hypothesise(self, utterance: _Heard, heard: Ended) -> None:
-        with self._cadence.under_way():
-            transcript = await self._recognise(heard, "partial")
-        utterance.asking = None  # no longer to be cancelled: what is told is told whole
-        if transcript is None:
+        try:
+            transcript = await self._batch.transcribe(heard.audio, self._memory.options(self._options, "partial"))
+        except Superseded:
+            utterance.coalesced += 1
+        except (BackendError, AudioError):
+            self._cadence.rest()
             utterance.dropped += 1
         else:
+            self._cadence.rest()
+            self._asked.clear()  # no longer to be cancelled: what is told is told whole
             await self._suppose(utterance, heard, transcript)
 
     async def _suppose(self, utterance: _Heard, heard: Ended, transcript: Transcript) -> None:
@@ -228,17 +247,12 @@ class _Stream:
         await self._telling.hurry(to_ms(self._segmenter.accepted))
 
     def _drop_partial(self, utterance: _Heard) -> None:
-        if utterance.asking is not None:
-            utterance.asking.cancel()
-            utterance.asking = None
+        if self._asked:
+            self._cadence.rest()
             utterance.dropped += 1
-
-    async def _recognise(self, heard: Ended, urgency: Urgency) -> Transcript | None:
-        """None where the recogniser failed."""
-        try:
-            return await self._batch.transcribe(heard.audio, self._memory.options(self._options, urgency))
-        except (BackendError, AudioError):
-            return None
+        for task in self._asked:
+            task.cancel()
+        self._asked.clear()
 
     # --- finals ---
 
@@ -251,6 +265,13 @@ class _Stream:
                 case event:
                     await self._out.put(event)
 
+    async def _recognise(self, heard: Ended) -> Transcript | None:
+        """None where the recogniser failed."""
+        try:
+            return await self._batch.transcribe(heard.audio, self._memory.options(self._options, "final"))
+        except (BackendError, AudioError):
+            return None
+
     def _begin_final(self, tasks: asyncio.TaskGroup) -> None:
         """Begins the final of an utterance that seems to be over, unless that has been done."""
         utterance, heard = self._current, self._segmenter.so_far()
@@ -258,7 +279,7 @@ class _Stream:
             return
         self._drop_early(utterance)
         self._drop_partial(utterance)
-        answer = tasks.create_task(self._recognise(heard, "final"))
+        answer = tasks.create_task(self._recognise(heard))
         utterance.early = _Early(heard.end, answer)
         if self._speaker.has_place:
             tasks.create_task(self._anticipate(utterance, heard, answer))

@@ -231,7 +231,6 @@ async def test_an_hour_in_a_second_is_held_back_and_harms_nobody(settings: Setti
             assert not flooding.done()
             told = fast.all("final") + fast.all("gap")
             answered_ms = max((event["end_ms"] for event in told), default=0)
-            print("FLOOD", sent//32, answered_ms, len(told))
             in_the_sockets_ms = 8 * 1_024 * 1_024 // 32
             assert sent // 32 <= answered_ms + 4 * 30_000 + AHEAD_MS + in_the_sockets_ms < 3_600_000
             flooding.cancel()

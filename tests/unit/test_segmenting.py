@@ -1,6 +1,7 @@
 """A stream made of a batch recogniser: what is said, in which order, and what happens when something goes wrong."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -13,8 +14,10 @@ from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.scripted import Scripted
+from dispatchers.engine.scheduler import Scheduler, Seat
 from dispatchers.errors import BackendFailed, UnknownModel, UnsupportedOption
 from dispatchers.interface import (
+    Capabilities,
     Clear,
     Cleared,
     Delta,
@@ -575,6 +578,51 @@ async def test_partials_of_one_model_and_finals_of_another(vad: SileroVad, speec
     same = Asked(lambda *_: "we are here now")
     await hear(vad, same, speech[: 3_000 * 16], options=Options(model="large"))
     assert {asked.model for asked in same.requests} == {"large"}
+
+
+class Queued(Asked):
+    """Runs on a real scheduler of one worker."""
+
+    def __init__(self, scheduler: Scheduler):
+        super().__init__(lambda *_: "we are here now")
+        self.scheduler = scheduler
+        self.ran: list[tuple[str, int]] = []
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, latest_wins=True)
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        def work(_: Seat) -> None:
+            self.ran.append((options.urgency, len(audio)))
+
+        await self.scheduler.seat(work, urgency=options.urgency, stream=options.stream)
+        return await super().transcribe(audio, options, heard)
+
+
+async def test_while_a_partial_waits_the_newest_takes_its_place(vad: SileroVad, speech: Samples):
+    scheduler = Scheduler(workers=1, queue_limit=8)
+    batch, free = Queued(scheduler), threading.Event()
+    busy = asyncio.create_task(scheduler.run(free.wait, 30))
+
+    async def while_busy() -> AsyncIterator[StreamInput]:
+        for at in range(0, MID_FIRST, CHUNK):
+            yield Pcm(speech[at : at + CHUNK])
+            await asyncio.sleep(0.005)
+        assert scheduler.waiting == 1
+        free.set()
+        await until(lambda: bool(batch.requests))
+        yield Pcm(speech[MID_FIRST : 3_000 * 16])
+
+    async with Segmenting(batch, vad).stream(while_busy(), Options(partial_interval_ms=100)) as events:
+        (final, *_) = of([event async for event in events], Final)
+    await busy
+    await scheduler.aclose()
+    (kind, samples), *_ = batch.ran
+    assert kind == "partial"
+    assert samples > MID_FIRST - FIRST_SPOKEN_MS * 16, "the newest that was asked for, and no older one"
+    assert isinstance(final, Final)
+    assert final.coalesced >= 2
 
 
 # --- speakers at once ---
