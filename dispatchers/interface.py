@@ -178,7 +178,8 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Final:
     """An utterance's immutable text. Its deltas concatenate to `text` unless `revised`, when `text` supersedes them.
-    Of its partials, `coalesced` fell due while an earlier one was under way, and `dropped` came too late or failed."""
+    Of its partials, `coalesced` fell due while an earlier one was under way or gave their place to a newer one, and
+    `dropped` came too late or failed."""
 
     utterance: int
     text: str
