@@ -49,7 +49,8 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
     )
     backend, catalogue, note, wait_s = await _self_hosted(settings)
     vad = await asyncio.to_thread(SileroVad.load)
-    backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(Segmenting(backend, vad))}
+    segmenting = Segmenting(backend, vad, most_speaking=settings.max_speaking)
+    backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(segmenting)}
     admission = Admission(resources.database, resources.coordination)
     recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")
     try:

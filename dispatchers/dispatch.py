@@ -25,14 +25,16 @@ from dispatchers.interface import (
     StreamInput,
     Transcript,
     Used,
+    VadOptions,
     ignore,
     to_ms,
 )
 from dispatchers.meter import Meter
 from dispatchers.recorder import Recorder
 from policy.admission import Admission, Lease, Outcome
+from policy.endpointing import settle
 from policy.identity import Authenticator, Caller
-from policy.policies import Policy, current
+from policy.policies import Policy, PolicyBody, current
 from policy.resolve import Candidate, Decision, Demand, Offer, resolve
 from runtime.database import Database, Transaction
 from runtime.errors import StenogateError
@@ -213,7 +215,7 @@ class Door:
             dispatcher = self._backends[candidate.backend]
             meter = Meter(lease, candidate, recheck=lambda: self._authenticator.recheck(caller), hang_up=hang_up)
             summary = Summary(channels=options.channels)
-            pinned = self._pinned(options, candidate, lease.tenant_id)
+            pinned = self._pinned(_bounded(options, demand, policy.body), candidate, lease.tenant_id)
             ending: BaseException | None = None
             try:
                 async with (
@@ -244,6 +246,16 @@ class Door:
 
     def _pinned(self, options: Options, candidate: Candidate, tenant_id: UUID) -> Options:
         return replace(options, model=candidate.model, share=tenant_id.hex)
+
+
+def _bounded(options: Options, demand: Demand, policy: PolicyBody) -> Options:
+    """A live stream's options as the policy has them."""
+    return replace(
+        options,
+        vad=VadOptions(**settle(policy.vad, demand.vad)),
+        partial_model=policy.partial_model or "",
+        max_speaking=policy.max_speaking,
+    )
 
 
 def outcome_of(transcript: Transcript, *, keep_text: bool) -> Outcome:

@@ -67,8 +67,13 @@ class Options:
     `share` is an opaque key between whose holders an engine is fair; `stream`, another, is one for each live stream: of
     its partials only the newest may wait. `temperature` None means the recogniser's own default (for Whisper: the
     fallback ladder that starts at 0). `context` is what was said just before, as far as it is known; a recogniser that
-    was not trained on previous text ignores it. `channels` above 1 (a stream only): each is heard for itself, and what
-    concerns one of them says which, counted from 0.
+    was not trained on previous text ignores it.
+
+    Of live streams: `partial_model` is asked for partials in place of `model` (empty: the same), one for each
+    `partial_interval_ms` of new speech. `max_delay_ms` is how long after it was spoken a word may wait for its delta,
+    on the stream's clock; None: until hypotheses agree. `max_speaking` is how many streams of this `share` may be
+    transcribed as they speak at once; None: any number. `channels` above 1: each is heard for itself, and what concerns
+    one of them says which, counted from 0.
     """
 
     model: str = ""
@@ -80,6 +85,10 @@ class Options:
     temperature: float | None = None
     words: bool = False
     partials: bool = True
+    partial_model: str = ""
+    partial_interval_ms: int = 250
+    max_delay_ms: int | None = None
+    max_speaking: int | None = None
     vad: VadOptions = field(default_factory=VadOptions)
     channels: int = 1
     share: str = ""
@@ -173,7 +182,8 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Final:
     """An utterance's immutable text. Its deltas concatenate to `text` unless `revised`, when `text` supersedes them.
-    Of its partials, `coalesced` fell due while an earlier one was under way, and `dropped` came too late or failed."""
+    Of its partials, `coalesced` fell due while an earlier one was under way or gave their place to a newer one, and
+    `dropped` came too late or failed."""
 
     utterance: int
     text: str
@@ -223,6 +233,14 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that the listener should know and need not act on."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class StreamError:
     """Something went wrong and the stream goes on (or ends, when `fatal`)."""
 
@@ -233,7 +251,7 @@ class StreamError:
     channel: int | None = None
 
 
-Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cleared | Used | StreamError
+Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cleared | Used | Notice | StreamError
 
 
 # --- the seam -----------------------------------------------------------------------------------------------------
@@ -242,7 +260,8 @@ Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cle
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a dispatcher can do, as data. `languages` None means any; `models` are the names it answers to, its default
-    first."""
+    first. `latest_wins`: of one `Options.stream` a newer partial takes the place of a waiting one, and is refused while
+    one runs; whichever goes raises `Superseded`."""
 
     batch: bool = True
     stream: bool = False
@@ -251,6 +270,7 @@ class Capabilities:
     translate: bool = False
     speakers: bool = False
     prompt: bool = False
+    latest_wins: bool = False
     languages: frozenset[str] | None = None
     models: tuple[str, ...] = ()
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_serializer
 from sqlalchemy import text
 
 from policy import audit
+from policy.endpointing import VadRules
 from policy.errors import NotFound
 from runtime.database import Transaction
 
@@ -37,14 +38,17 @@ class PolicyBody(BaseModel):
 
     default_model: ModelName | None = Field(None, description="For requests that name none. None: the backend's own.")
     models: tuple[ModelName, ...] | None = Field(None, description="Allowed models.")
+    partial_model: ModelName | None = Field(None, description="For partials of live streams. None: as for finals.")
     languages: tuple[Language, ...] | None = Field(None, description="Languages that may be asked for, ISO 639.")
     features: frozenset[Feature] | None = Field(None, description="Allowed features.")
 
     max_streams: int = Field(8, ge=0, description="Live streams at once.")
+    max_speaking: PositiveInt | None = Field(None, description="Live streams transcribed as they speak, at once.")
     max_requests: int = Field(16, ge=0, description="File requests at once.")
     requests_per_minute: PositiveInt | None = Field(600, description="Requests of any kind.")
     max_file_ms: PositiveInt = Field(4 * HOUR_MS, description="Longest recording.")
     max_stream_ms: PositiveInt = Field(4 * HOUR_MS, description="Longest live stream.")
+    vad: VadRules | None = Field(None, description="Endpointing of live streams. None: the installation's range.")
     max_upload_bytes: PositiveInt | None = Field(None, description="Largest upload. None: the installation's.")
     job_threshold_bytes: PositiveInt | None = Field(None, description="Uploads above it become jobs. None: as above.")
     job_threshold_ms: PositiveInt | None = Field(None, description="Recordings above it become jobs. None: as above.")
@@ -66,6 +70,8 @@ class PolicyBody(BaseModel):
     def _consistent(self) -> PolicyBody:
         if self.default_model is not None and self.models is not None and self.default_model not in self.models:
             raise ValueError("default_model is not among models")
+        if self.partial_model is not None and self.models is not None and self.partial_model not in self.models:
+            raise ValueError("partial_model is not among models")
         if self.forbid_relay and self.backends == ("relay",):
             raise ValueError("forbid_relay leaves no backend")
         return self

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from policy.endpointing import settle
 from policy.errors import Invalid, ModelNotFound, NotAllowed, NothingUp, PolicyError
 from policy.policies import PolicyBody
 
@@ -24,8 +25,8 @@ Preference: TypeAlias = Literal["any", "prefer_self_hosted", "prefer_relay"]
 
 @dataclass(frozen=True)
 class Demand:
-    """What a caller asks for. `features` come on top of those that `kind` and `task` imply. `channels`: how many are
-    recognised, each for itself."""
+    """What a caller asks for. `features` come on top of those that `kind` and `task` imply; `vad` is what is asked of
+    the endpointing, by name (`policy.endpointing`). `channels`: how many are recognised, each for itself."""
 
     kind: Literal["file", "stream", "job"]
     model: str | None = None
@@ -35,6 +36,7 @@ class Demand:
     features: frozenset[str] = frozenset()
     audio_ms: int | None = None
     channels: int = 1
+    vad: Mapping[str, float] = field(default_factory=dict)
     customer: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     request_id: str = ""
@@ -142,6 +144,7 @@ def _check_demand(policy: PolicyBody, demand: Demand) -> None:
         raise NotAllowed(
             f"The tenant's policy allows only these languages: {', '.join(policy.languages)}.", param="language"
         )
+    settle(policy.vad, demand.vad)
     limit_ms = policy.max_stream_ms if demand.kind == "stream" else policy.max_file_ms
     if demand.audio_ms is not None and demand.audio_ms > limit_ms:
         raise Invalid(
@@ -180,6 +183,11 @@ def _objection(policy: PolicyBody, demand: Demand, offer: Offer, model: str) -> 
         return _No(NotAllowed, "The tenant's policy keeps audio inside this installation.")
     if policy.models is not None and model not in policy.models:
         return _No(NotAllowed, f"The tenant's policy does not allow the model `{model}`.")
+    if demand.kind == "stream" and policy.partial_model is not None and policy.partial_model not in offer.models:
+        return _No(
+            NotAllowed,
+            f"The tenant's policy wants partials of the model `{policy.partial_model}`, which the backend has not.",
+        )
     abilities = {"words": offer.words, "translate": offer.translate, "streaming": offer.streaming}
     if missing := [feature for feature in sorted(demand.needs()) if not abilities.get(feature, False)]:
         return _No(Invalid, f"The backend does not support: {', '.join(missing)}.")

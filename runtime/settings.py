@@ -118,6 +118,12 @@ class Settings(BaseSettings):
         description="Live streams of one client address (of one /64 with IPv6) in one process.",
         json_schema_extra=LIVE,
     )
+    max_speaking: int | None = Field(
+        None,
+        ge=1,
+        description="Live streams transcribed as they speak, at once in one process; others get finals only."
+        " Unset: any number.",
+    )
     max_queue_wait_s: float = Field(
         5.0,
         ge=0,

@@ -218,6 +218,8 @@ UTTERANCES = _counter("utterances", "Utterances of live streams that got their f
 UNTOLD_PARTIALS = _counter(
     "untold_partials", "Partials of live streams that were due and never told, by reason.", "reason"
 )
+SPEAKERS = _gauge("speakers", "Streams with partials that are in speech now and are transcribed as they speak.")
+SPEAKERS_LIMITED = _counter("speakers_limited", "Utterances begun while as many spoke as may: finals only.")
 FIRST_PARTIAL_SECONDS = _histogram(
     "first_partial_seconds", "From the start of an utterance to its first partial.", HUMAN
 )

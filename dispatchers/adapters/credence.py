@@ -51,6 +51,7 @@ class Memory:
         """What to ask for next. A language that was given stays; nobody is told when a partial's words were said."""
         return replace(
             given,
+            model=given.partial_model or given.model if urgency == "partial" else given.model,
             language=given.language or self.language,
             context=self.context,
             words=given.words and urgency == "final",

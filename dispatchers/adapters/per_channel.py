@@ -23,6 +23,7 @@ from dispatchers.interface import (
     Flushed,
     Gap,
     Heard,
+    Notice,
     Options,
     Origin,
     Partial,
@@ -121,6 +122,7 @@ class _Channels:
         self._answers = [Counter[type[Event]]() for _ in self._feeds]  # echoes of commands
         self._numbers = [dict[int, int]() for _ in self._feeds]  # of each channel's utterances under way
         self._utterances = 0
+        self._notices: set[Notice] = set()
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end, has all of it answered, and says how that went to whoever reads the events."""
@@ -168,8 +170,16 @@ class _Channels:
                 return replace(event, utterance=number, channel=channel)
             case Gap() | StreamError():
                 return replace(event, channel=channel)
+            case Notice():
+                return event if self._first(event) else None
             case Used():
                 return event
+
+    def _first(self, notice: Notice) -> bool:
+        """Whether no channel has said so before."""
+        known = notice in self._notices
+        self._notices.add(notice)
+        return not known
 
     def _all_answered(self, channel: int, kind: type[Event]) -> bool:
         """Whether the others have answered before what this channel answers now."""

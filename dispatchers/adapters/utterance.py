@@ -9,25 +9,35 @@ from dispatchers.audio.stabilise import Stabiliser, normal
 from dispatchers.interface import Delta, Event, Final, Partial, Transcript
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class Utterance:
-    """`closed` once its final or gap is being told; `coalesced` and `dropped` are its untold partials (see `Final`).
-    Times are in ms of the stream."""
+    """`coalesced` and `dropped` are its untold partials (see `Final`). Times are in ms of the stream."""
 
     number: int
-    closed: bool = False
+    start_ms: int = 0
     coalesced: int = 0
     dropped: int = 0
-    _stabiliser: Stabiliser = field(default_factory=Stabiliser)
+    _stabiliser: Stabiliser = field(init=False)
+    _heard_until_ms: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stabiliser = Stabiliser(self.start_ms)
+        self._heard_until_ms = self.start_ms
 
     def hypothesis(self, transcript: Transcript, start_ms: int, end_ms: int) -> list[Event]:
         """What a transcript of the utterance so far gives to tell."""
         text = normal(" ".join(segment.text for segment in transcript.segments if credible(segment)))
         if not text:
             return []
-        delta, stable, shown = self._stabiliser.partial(text)
+        delta, stable, shown = self._stabiliser.partial(text, end_ms)
+        self._heard_until_ms = end_ms
         partial = Partial(self.number, shown, stable, start_ms, end_ms)
         return [partial] if delta is None else [Delta(self.number, delta, start_ms, end_ms), partial]
+
+    def overdue(self, until_ms: int) -> list[Event]:
+        """What of the newest hypothesis was spoken before `until_ms` and is not firm, made firm."""
+        delta = self._stabiliser.overdue(until_ms)
+        return [] if delta is None else [Delta(self.number, delta, self.start_ms, self._heard_until_ms)]
 
     def final(self, transcript: Transcript, start_ms: int, end_ms: int, *, words: bool, deltas: bool) -> list[Event]:
         """What the transcript of all of it gives to tell."""

@@ -147,6 +147,7 @@ class LocalBackend:
             words=True,
             translate=self._default.translate,
             prompt=self._default.engine == "faster-whisper",
+            latest_wins=True,
             languages=self._default.languages,
             models=tuple(self._specs),
         )

@@ -1,9 +1,10 @@
 """Who is next: a bounded executor that takes urgent work first and is fair between shares.
 
 Order: final before partial before batch; within a class the share that has been served the least audio; within a share,
-first come first served. A stream has one place for a waiting partial: a newer one takes it, and a waiting final empties
-it. Pieces of one kind may run together (`Meeting`). Batch work may be long, so it gives way between its steps: it keeps
-its thread, not its worker, while anything more urgent waits.
+first come first served. A stream has one place for a partial: a newer one takes it while the older waits, and is
+refused while that runs (and somebody waits for it); a waiting final empties it. Pieces of one kind may run together
+(`Meeting`). Batch work may be long, so it gives way between its steps: it keeps its thread, not its worker, while
+anything more urgent waits.
 
 The queue lives on the event loop, so it needs no lock; only the work itself runs in threads.
 """
@@ -67,6 +68,7 @@ class Scheduler:
         self._measured = measured
         self._lines = {urgency: Line() for urgency in _CLASSES}
         self._slots: dict[str, Piece] = {}  # the waiting partial of each stream
+        self._awaited: dict[str, Piece] = {}  # the running partial of each stream
         self._aside: deque[threading.Event] = deque()
         self._busy = 0
         self._running = 0
@@ -124,7 +126,8 @@ class Scheduler:
         `timeout_s` counts from its beginning.
 
         Raises `Overloaded` when the class's queue is full, `Superseded` when a newer partial or the final of its
-        stream came before its turn, `BackendUnavailable` when closed, `TimeoutError`."""
+        stream came before its turn, or a partial of its stream is running, `BackendUnavailable` when closed,
+        `TimeoutError`."""
         if self._closed:
             raise BackendUnavailable
         self._loop = loop = asyncio.get_running_loop()
@@ -133,13 +136,16 @@ class Scheduler:
         self._dispatch()
         try:
             thread = await piece.turn
+            async with asyncio.timeout(timeout_s):
+                result: R = await asyncio.wrap_future(thread)
+                return result
         except asyncio.CancelledError:
             if self._leave(piece) and urgency == "partial" and self._measured:
                 DROPPED_PARTIALS.inc()
             raise
-        async with asyncio.timeout(timeout_s):
-            result: R = await asyncio.wrap_future(thread)
-            return result
+        finally:
+            if self._awaited.get(stream) is piece:
+                del self._awaited[stream]
 
     def give_way(self) -> None:
         """For the thread of a running piece: see `Seat.give_way`."""
@@ -164,6 +170,8 @@ class Scheduler:
     # --- in and out of the queue ---
 
     def _join(self, piece: Piece) -> None:
+        if piece.urgency == "partial" and piece.stream in self._awaited:
+            raise Superseded
         line, slot = self._lines[piece.urgency], self._slots.get(piece.stream) if piece.stream else None
         if piece.urgency == "partial" and slot is not None and slot.share == piece.share:
             line.replace(slot, piece)
@@ -265,6 +273,8 @@ class Scheduler:
             thread = self._threads.submit(_work, piece.work, seat)
             thread.add_done_callback(ended)
             piece.turn.set_result(thread)
+            if piece.urgency == "partial" and piece.stream:
+                self._awaited[piece.stream] = piece
 
     def _ended(self, worker: _Worker, urgency: Urgency, took_s: float) -> None:
         self._mean_s += _SMOOTHING * (took_s - self._mean_s)

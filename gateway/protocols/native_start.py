@@ -11,9 +11,10 @@ from starlette.datastructures import QueryParams
 
 from dispatchers.audio.live import Encoding, Wire
 from dispatchers.audio.resample import RATES_HZ
-from dispatchers.interface import Options, VadOptions
+from dispatchers.interface import Options
 from dispatchers.languages import NAMES
 from gateway.live.codec import Resume, Setup
+from policy.endpointing import WIDEST
 from policy.errors import Invalid
 from policy.resolve import Demand, Preference
 
@@ -29,15 +30,20 @@ _CREDENTIALS = frozenset({"token", "ticket"})
 _JSON_FIELDS = frozenset({"metadata", "vad"})
 
 
+def _vad(name: str) -> Any:
+    """None: the policy's own."""
+    return Field(None, ge=WIDEST[name].least, le=WIDEST[name].most)
+
+
 class Vad(BaseModel):
     """Endpointing; speech probability and ms."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    threshold: float = Field(0.6, ge=0.1, le=0.9)
-    silence_ms: int = Field(550, ge=100, le=5_000)
-    min_speech_ms: int = Field(200, ge=100, le=2_000)
-    max_utterance_ms: int = Field(30_000, ge=1_000, le=30_000)
+    threshold: float | None = _vad("threshold")
+    silence_ms: int | None = _vad("silence_ms")
+    min_speech_ms: int | None = _vad("min_speech_ms")
+    max_utterance_ms: int | None = _vad("max_utterance_ms")
 
 
 class Start(BaseModel):
@@ -55,6 +61,8 @@ class Start(BaseModel):
     backend_preference: Preference = "any"
     partials: bool = True
     deltas: bool = False
+    partial_interval_ms: int = Field(250, ge=100, le=5_000)
+    max_delay_ms: int | None = Field(None, ge=700, le=20_000)
     words: bool = False
     prompt: str | None = Field(None, max_length=4_000)
     hotwords: tuple[Hotword, ...] = Field((), max_length=100)
@@ -70,6 +78,12 @@ class Start(BaseModel):
         if primary is not None and primary not in NAMES:
             raise ValueError("this is not the code of a language that can be recognised")
         return primary
+
+    @model_validator(mode="after")
+    def _delay_of_deltas(self) -> Start:
+        if self.max_delay_ms is not None and not (self.partials or self.deltas):
+            raise ValueError("max_delay_ms: without partials and deltas there is nothing but finals to hurry")
+        return self
 
     @model_validator(mode="after")
     def _telephone(self) -> Start:
@@ -100,6 +114,7 @@ class Start(BaseModel):
             language=self.language,
             backend_preference=self.backend_preference,
             features=frozenset({"words"}) if self.words else frozenset(),
+            vad=self.vad.model_dump(exclude_none=True),
             customer=self.customer,
             metadata=self.metadata,
             request_id=request_id,
@@ -110,7 +125,8 @@ class Start(BaseModel):
             hotwords=self.hotwords,
             words=self.words,
             partials=self.partials or self.deltas,
-            vad=VadOptions(**self.vad.model_dump()),
+            partial_interval_ms=self.partial_interval_ms,
+            max_delay_ms=self.max_delay_ms,
             channels=self.wire.transcribed,
         )
         return Setup(demand, options, self.wire)

@@ -19,6 +19,7 @@ from dispatchers.interface import (
     Flush,
     Flushed,
     Gap,
+    Notice,
     Partial,
     SpeechStarted,
     StreamError,
@@ -91,6 +92,7 @@ class Native:
     # --- events to frames ---
 
     def ready(self, live: Live, setup: Setup, standing: Standing) -> Message:
+        of_partials = live.policy.body.partial_model
         return {
             "type": "ready",
             "session_id": show("sess", live.session_id),
@@ -100,6 +102,7 @@ class Native:
             "backend": live.origin.backend,
             "engine": live.origin.engine,
             "model": live.origin.model,
+            **({} if of_partials is None else {"partial_model": of_partials}),
             "language": setup.options.language,
             "encoding": setup.wire.encoding,
             "sample_rate": setup.wire.rate,
@@ -130,8 +133,8 @@ class Native:
                 return {"type": "cleared", "accepted_ms": accepted_ms}
             case Used():
                 return _usage(event)
-            case StreamError(code, message, retryable, fatal, channel):
-                return _error(code, message, retryable=retryable, fatal=fatal) | _channel(channel)
+            case Notice() | StreamError():
+                return _told(event)
 
     def pong(self, ping: Ping, accepted_ms: int) -> Message:
         return {"type": "pong", "id": ping.id, "accepted_ms": accepted_ms}
@@ -158,7 +161,7 @@ class Native:
         }
 
     def warning(self, error: StenogateError) -> Message:
-        return {"type": "warning", "code": error.code, "message": error.message}
+        return _warning(error.code, error.message)
 
     def error(self, error: StenogateError, *, fatal: bool) -> Message:
         return _error(error.code, error.message, retryable=error.retryable, fatal=fatal)
@@ -223,6 +226,17 @@ def _word(word: Word) -> dict[str, Any]:
         "end_ms": word.end_ms,
         "confidence": round(word.confidence, 4),
     }
+
+
+def _told(event: Notice | StreamError) -> Message:
+    if isinstance(event, Notice):
+        return _warning(event.code, event.message)
+    error = _error(event.code, event.message, retryable=event.retryable, fatal=event.fatal)
+    return error | _channel(event.channel)
+
+
+def _warning(code: str, message: str) -> Message:
+    return {"type": "warning", "code": code, "message": message}
 
 
 def _error(code: str, message: str, *, retryable: bool, fatal: bool) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from dispatchers.interface import (
     SpeechStarted,
     StreamError,
     Used,
-    VadOptions,
     Word,
 )
 from gateway.live.codec import Metrics, Ping, Stop, Unknown
@@ -140,7 +139,7 @@ def test_a_start_says_everything() -> None:
     assert (demand.backend_preference, demand.features) == ("prefer_relay", {"words"})
     assert (demand.customer, demand.metadata) == ("acme", {"call": "7"})
     assert (options.language, options.prompt, options.hotwords, options.words) == ("en", "A call.", ("dog",), True)
-    assert options.vad == VadOptions(0.5, 100, 2_000, 1_000)
+    assert demand.vad == fields["vad"]
 
 
 def test_the_address_says_the_same() -> None:
@@ -152,7 +151,7 @@ def test_the_address_says_the_same() -> None:
     assert setup is not None
     assert setup.wire == Wire("alaw", 8_000)
     assert (setup.options.words, setup.options.partials, setup.options.hotwords) == (True, False, ("dog", "cat"))
-    assert (setup.options.vad.silence_ms, setup.demand.metadata) == (300, {"a": "b"})
+    assert (setup.demand.vad, setup.demand.metadata) == ({"silence_ms": 300}, {"a": "b"})
     assert Native("req_1").setup_of_query(QueryParams("token=t&ticket=u"), {}) is None
 
 

@@ -38,6 +38,15 @@ def test_the_default_keeps_audio_on_our_own_engine() -> None:
         {"max_file_ms": 0},
         {"requests_per_minute": 0},
         {"max_stream": 8},
+        {"models": ["a"], "partial_model": "b"},
+        {"max_speaking": 0},
+        {"vad": {"colour": {"least": 1}}},
+        {"vad": {"silence_ms": {"least": 99}}},
+        {"vad": {"silence_ms": {"most": 5_001}}},
+        {"vad": {"silence_ms": {"least": 400, "most": 300}}},
+        {"vad": {"silence_ms": {"least": 400, "default": 300}}},
+        {"vad": {"silence_ms": {"least": 300.5}}},
+        {"vad": {"threshold": {"most": 0.5, "default": 0.6}}},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:

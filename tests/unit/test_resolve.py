@@ -10,6 +10,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from dispatchers.interface import VadOptions
+from policy.endpointing import Range, VadRules, settle
 from policy.errors import Invalid, ModelNotFound, NotAllowed, NothingUp
 from policy.policies import PolicyBody
 from policy.resolve import FEATURES, Decision, Demand, Offer, resolve
@@ -44,6 +46,29 @@ def test_a_preference_cannot_bring_in_what_the_policy_forbids() -> None:
     assert [(refusal.backend, refusal.reason) for refusal in decision.refused] == [
         ("relay", "The tenant's policy does not allow this backend.")
     ]
+
+
+def test_what_a_session_asks_of_its_endpointing_stays_in_the_policys_range() -> None:
+    rules = VadRules(silence_ms=Range[int](least=300, most=1_500), threshold=Range[float](default=0.4))
+    policy = PolicyBody(vad=rules)
+    assert resolve(policy, Demand("stream", vad={"silence_ms": 300, "threshold": 0.9}), [OURS])
+    with pytest.raises(NotAllowed, match="from 300 to 1500") as refusal:
+        resolve(policy, Demand("stream", vad={"silence_ms": 299}), [OURS])
+    assert refusal.value.param == "vad.silence_ms"
+    assert settle(rules, {"threshold": 0.5}) == {
+        "threshold": 0.5, "silence_ms": 550, "min_speech_ms": 200, "max_utterance_ms": 30_000,
+    }  # fmt: skip
+    assert settle(rules, {})["threshold"] == 0.4
+    assert settle(VadRules(silence_ms=Range[int](least=800)), {})["silence_ms"] == 800, "moved into the range"
+    assert VadOptions(**settle(None, {})) == VadOptions()
+
+
+def test_partials_come_of_the_policys_model_or_there_is_no_stream() -> None:
+    assert served(resolve(PolicyBody(partial_model="micro"), Demand("stream"), [OURS])) == [("self_hosted", "small")]
+    missing = PolicyBody(partial_model="tiny")
+    with pytest.raises(NotAllowed, match="partials of the model `tiny`"):
+        resolve(missing, Demand("stream"), [OURS])
+    assert served(resolve(missing, FILE, [OURS])) == [("self_hosted", "small")]
 
 
 def test_residency_overrules_the_list_of_backends() -> None:

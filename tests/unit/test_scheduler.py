@@ -333,15 +333,30 @@ async def test_a_newer_partial_takes_the_place_of_the_waiting_one(one: Scheduler
     await held
 
 
-async def test_a_partial_that_runs_is_not_taken_back(one: Scheduler) -> None:
+async def test_a_partial_that_runs_is_not_taken_back_and_no_other_is_wanted_meanwhile(one: Scheduler) -> None:
     gate = Gate()
     running = asyncio.create_task(one.seat(lambda _: gate(), urgency="partial", stream="s"))
     await gate.wait_entered()
-    newer = asyncio.create_task(one.seat(lambda _: "newer", urgency="partial", stream="s"))
-    final = asyncio.create_task(one.seat(lambda _: "final", urgency="final", stream="s"))
+    with pytest.raises(Superseded):
+        await one.seat(lambda _: "newer", urgency="partial", stream="s")
+    other = asyncio.create_task(one.seat(lambda _: "other", urgency="partial", stream="t"))
+    final = asyncio.create_task(one.seat(lambda _: "final", urgency="final", stream="t"))
     await asyncio.sleep(0)
     gate.open.set()
     assert await running == "done"
     assert await final == "final"
     with pytest.raises(Superseded):
-        await newer
+        await other
+    assert await one.seat(lambda _: "next", urgency="partial", stream="s") == "next"
+
+
+async def test_a_partial_that_nobody_waits_for_keeps_no_other_out(one: Scheduler) -> None:
+    gate = Gate()
+    running = asyncio.create_task(one.seat(lambda _: gate(), urgency="partial", stream="s"))
+    await gate.wait_entered()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    after = asyncio.create_task(one.seat(lambda _: "after", urgency="partial", stream="s"))
+    await asyncio.sleep(0)
+    gate.open.set()
+    assert await after == "after"

@@ -1,8 +1,9 @@
 """A stream made of a batch recogniser: what is said, in which order, and what happens when something goes wrong."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.scripted import Scripted
+from dispatchers.engine.scheduler import Scheduler, Seat
 from dispatchers.errors import BackendFailed, UnknownModel, UnsupportedOption
 from dispatchers.interface import (
+    Capabilities,
     Clear,
     Cleared,
     Delta,
@@ -24,6 +27,7 @@ from dispatchers.interface import (
     Flushed,
     Gap,
     Heard,
+    Notice,
     Options,
     Origin,
     Partial,
@@ -483,3 +487,244 @@ async def test_what_was_doubted_is_not_remembered(vad: SileroVad, speech: Sample
     batch = Asked(lambda *_: (doubtful,))
     await hear(vad, batch, speech[: 9_800 * 16])
     assert {(options.context, options.language) for options in batch.requests} == {("", None)}
+
+
+async def test_partials_come_as_often_as_asked(vad: SileroVad, speech: Samples):
+    due: list[int] = []
+    for interval_ms in (100, 300, 1_000):
+        batch = Asked()
+        options = Options(partial_interval_ms=interval_ms)
+        (final, *_) = of(await hear(vad, batch, speech[: 3_000 * 16], options=options), Final)
+        assert isinstance(final, Final)
+        due.append([asked.urgency for asked in batch.requests].count("partial") + final.coalesced)
+    often, less, seldom = due
+    assert often > less > seldom >= 1
+    assert seldom <= 2, "there are 1.2 s of speech"
+
+
+def never_the_same(samples: Samples, _: Options) -> str:
+    """A word for each 200 ms, another one each time, so that no two hypotheses agree."""
+    return " ".join(f"word{len(samples)}" for _ in range(len(samples) // 3_200))
+
+
+async def delayed(vad: SileroVad, speech: Samples, options: Options) -> list[tuple[int, Event]]:
+    """Every event with the time of the audio fed before it came."""
+    batch = Asked(never_the_same)
+    fed, came = 0, list[tuple[int, Event]]()
+
+    async def counted() -> AsyncIterator[StreamInput]:
+        nonlocal fed
+        async for item in talk(batch, speech):
+            fed += to_ms(len(item.samples)) if isinstance(item, Pcm) else 0
+            yield item
+
+    async with Segmenting(batch, vad).stream(counted(), options) as events:
+        async for event in events:
+            came.append((fed, event))
+    return came
+
+
+async def test_no_word_waits_longer_than_it_may(vad: SileroVad, speech: Samples):
+    passage = speech[3_000 * 16 : 6_900 * 16]
+    *_, last_words, end = [event for _, event in await delayed(vad, passage, Options())]
+    assert isinstance(last_words, Delta)
+    assert isinstance(end, Final)
+    assert last_words.text == end.text, "without agreement all of it waits for the final"
+    came = await delayed(vad, passage, Options(max_delay_ms=700))
+    (final,) = of([event for _, event in came], Final)
+    assert isinstance(final, Final)
+    assert final.revised
+    words, seen = 0, list[tuple[int, int]]()  # when a partial first had so many words
+    start_ms = final.start_ms
+    for at, event in came:
+        if isinstance(event, Delta):
+            words += len(event.text.split())
+        elif isinstance(event, Partial):
+            seen.append((at, len(event.text.split())))
+        late = max((count for since, count in seen if since <= at - 700 - 2 * to_ms(CHUNK)), default=0)
+        assert words >= late or isinstance(event, Final)
+    assert words >= 5
+    first = next(at for at, event in came if isinstance(event, Delta))
+    assert start_ms + 700 <= first <= start_ms + 700 + 2 * to_ms(CHUNK)
+
+
+async def test_a_late_final_does_not_keep_words_back(vad: SileroVad, speech: Samples):
+    """Here the next utterance has begun before the words of the first are old enough."""
+    batch = Asked(never_the_same)
+    batch.hold("final")
+    told = list[Event]()
+    before_finals = list[Event]()
+
+    async def finals_at_last() -> AsyncIterator[StreamInput]:
+        async for item in talk(batch, speech[: 5_000 * 16]):
+            yield item
+        before_finals.extend(told)
+        batch.gates["final"].set()
+
+    async with Segmenting(batch, vad).stream(finals_at_last(), Options(max_delay_ms=2_800)) as events:
+        async for event in events:
+            told.append(event)
+    assert len(of(before_finals, SpeechStarted)) == 2
+    assert not of(before_finals, Final)
+    shown = [event.text for event in before_finals if isinstance(event, Partial) and event.utterance == 1][-1]
+    firm = "".join(event.text for event in before_finals if isinstance(event, Delta) and event.utterance == 1)
+    assert len(firm.split()) == len(shown.split()) > 3
+
+
+async def test_partials_of_one_model_and_finals_of_another(vad: SileroVad, speech: Samples):
+    batch = Asked(lambda *_: "we are here now")
+    await hear(vad, batch, speech[: 3_000 * 16], options=Options(model="large", partial_model="small"))
+    assert {(asked.urgency, asked.model) for asked in batch.requests} == {("partial", "small"), ("final", "large")}
+    same = Asked(lambda *_: "we are here now")
+    await hear(vad, same, speech[: 3_000 * 16], options=Options(model="large"))
+    assert {asked.model for asked in same.requests} == {"large"}
+
+
+class Queued(Asked):
+    """Runs on a real scheduler of one worker."""
+
+    def __init__(self, scheduler: Scheduler):
+        super().__init__(lambda *_: "we are here now")
+        self.scheduler = scheduler
+        self.ran: list[tuple[str, int]] = []
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities, latest_wins=True)
+
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        def work(_: Seat) -> None:
+            self.ran.append((options.urgency, len(audio)))
+
+        await self.scheduler.seat(work, urgency=options.urgency, stream=options.stream)
+        return await super().transcribe(audio, options, heard)
+
+
+async def test_while_a_partial_waits_the_newest_takes_its_place(vad: SileroVad, speech: Samples):
+    scheduler = Scheduler(workers=1, queue_limit=8)
+    batch, free = Queued(scheduler), threading.Event()
+    busy = asyncio.create_task(scheduler.run(free.wait, 30))
+
+    async def while_busy() -> AsyncIterator[StreamInput]:
+        for at in range(0, MID_FIRST, CHUNK):
+            yield Pcm(speech[at : at + CHUNK])
+            await asyncio.sleep(0.005)
+        assert scheduler.waiting == 1
+        free.set()
+        await until(lambda: bool(batch.requests))
+        yield Pcm(speech[MID_FIRST : 3_000 * 16])
+
+    async with Segmenting(batch, vad).stream(while_busy(), Options(partial_interval_ms=100)) as events:
+        (final, *_) = of([event async for event in events], Final)
+    await busy
+    await scheduler.aclose()
+    (kind, samples), *_ = batch.ran
+    assert kind == "partial"
+    assert samples > MID_FIRST - FIRST_SPOKEN_MS * 16, "the newest that was asked for, and no older one"
+    assert isinstance(final, Final)
+    assert final.coalesced >= 2
+
+
+# --- speakers at once ---
+
+
+async def until_speech(speech: Samples, go_on: asyncio.Event) -> AsyncIterator[StreamInput]:
+    """Begins to speak, and pauses there until it may go on."""
+    yield Pcm(speech[:MID_FIRST])
+    await go_on.wait()
+    for at in range(MID_FIRST, 3_000 * 16, CHUNK):
+        yield Pcm(speech[at : at + CHUNK])
+
+
+@pytest.mark.parametrize(
+    ("limits", "other_share", "limited"),
+    [((1, None), "t2", True), ((None, 1), "t1", True), ((None, 1), "t2", False), ((2, 2), "t1", False)],
+)
+async def test_so_many_are_transcribed_as_they_speak(
+    vad: SileroVad, speech: Samples, limits: tuple[int | None, int | None], other_share: str, limited: bool
+):
+    most, of_a_share = limits
+    adapter = Segmenting(Asked(lambda *_: "we are here now"), vad, most_speaking=most)
+    go_on = asyncio.Event()
+    options = Options(share="t1", max_speaking=of_a_share)
+    async with adapter.stream(until_speech(speech, go_on), options) as first:
+        assert isinstance(await anext(first), SpeechStarted)
+        others = replace(options, share=other_share)
+        async with adapter.stream(talk(None, speech[: 6_900 * 16]), others) as second:
+            told = [event async for event in second]
+        go_on.set()
+        assert of([event async for event in first], Partial)
+    notices = [event.code for event in told if isinstance(event, Notice)]
+    assert notices == (["SPEAKERS_LIMITED"] if limited else [])
+    assert bool(of(told, Partial)) is not limited
+    finals = of(told, Final)
+    assert len(finals) >= 2
+    said = "".join(event.text for event in told if isinstance(event, Delta))
+    assert said == "".join(event.text for event in finals if isinstance(event, Final)), "no word is lost"
+
+
+async def test_a_place_is_free_again_when_its_speaker_has_finished_or_gone(vad: SileroVad, speech: Samples):
+    adapter = Segmenting(Asked(lambda *_: "we are here now"), vad, most_speaking=1)
+    for _ in range(2):
+        async with adapter.stream(until_speech(speech, asyncio.Event()), Options()) as gone:
+            await anext(gone)
+    async with adapter.stream(talk(None, speech[:MID_FIRST], Clear(), speech[:MID_FIRST]), Options()) as events:
+        assert not of([event async for event in events], Notice)
+    async with adapter.stream(talk(None, speech[: 3_000 * 16]), Options()) as events:
+        assert not of([event async for event in events], Notice)
+
+
+async def test_a_pause_makes_room_for_others(vad: SileroVad, speech: Samples):
+    batch = Asked(lambda *_: "we are here now")
+    adapter = Segmenting(batch, vad, most_speaking=1)
+    go_on = asyncio.Event()
+
+    async def with_a_pause() -> AsyncIterator[StreamInput]:
+        async for item in talk(batch, speech[: 2_600 * 16]):
+            yield item
+        await go_on.wait()
+        async for item in talk(batch, speech[2_600 * 16 : 6_900 * 16]):
+            yield item
+
+    async with adapter.stream(with_a_pause(), Options()) as first:
+        while not isinstance(await anext(first), Final):
+            pass
+        async with adapter.stream(until_speech(speech, asyncio.Event()), Options()) as second:
+            begun = [await anext(second), await anext(second)]
+            assert [type(event) for event in begun] == [SpeechStarted, Partial]
+            go_on.set()
+            assert len(of([event async for event in first], Notice)) == 1, "now the first one speaks beyond the limit"
+
+
+async def test_who_gets_a_place_late_gets_partials_from_then_on(vad: SileroVad, speech: Samples):
+    batch = Asked(lambda *_: "we are here now")
+    adapter = Segmenting(batch, vad, most_speaking=1)
+    go_on, second_speaks = asyncio.Event(), asyncio.Event()
+
+    async def second_speaker() -> AsyncIterator[StreamInput]:
+        yield Pcm(speech[3_000 * 16 : 4_000 * 16])
+        second_speaks.set()
+        await go_on.wait()
+        async for item in talk(batch, speech[4_000 * 16 : 6_900 * 16]):
+            yield item
+
+    async with AsyncExitStack() as speaking:
+        await anext(await speaking.enter_async_context(adapter.stream(until_speech(speech, go_on), Options())))
+        async with adapter.stream(second_speaker(), Options()) as second:
+            told = [await anext(second), await anext(second)]
+            assert [type(event) for event in told] == [SpeechStarted, Notice]
+            await second_speaks.wait()
+            assert len({asked.stream for asked in batch.requests}) == 1, "the first speaker's"
+            await speaking.aclose()
+            go_on.set()
+            told += [event async for event in second]
+    assert len(of(told, Partial)) >= 3
+    assert len(of(told, Notice)) == 1
+
+
+async def test_who_wants_no_partials_takes_no_place(vad: SileroVad, speech: Samples):
+    adapter = Segmenting(Asked(lambda *_: "we are here now"), vad, most_speaking=1)
+    async with adapter.stream(until_speech(speech, asyncio.Event()), Options(partials=False)) as quiet:
+        await anext(quiet)
+        async with adapter.stream(talk(None, speech[: 3_000 * 16]), Options()) as events:
+            assert not of([event async for event in events], Notice)

@@ -1,5 +1,8 @@
 """Deltas are append-only, and end as the final."""
 
+from itertools import accumulate
+from random import Random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,3 +81,49 @@ def test_a_steady_recogniser_is_never_revised(said: list[str]):
     for count in range(len(said)):
         stabiliser.partial(" ".join(said[:count]))
     assert stabiliser.final(" ".join(said))[1] is False
+
+
+def test_what_is_overdue_is_firm_as_it_stands():
+    stabiliser = Stabiliser(start_ms=1_000)
+    assert stabiliser.overdue(9_000) is None
+    stabiliser.partial("we need", 1_500)
+    assert stabiliser.overdue(999) is None
+    assert stabiliser.overdue(1_000) == "we need"
+    assert stabiliser.overdue(1_000) is None
+    stabiliser.partial("we need to cancel", 2_000)
+    assert stabiliser.overdue(1_499) is None
+    assert stabiliser.partial("we needed to", 2_500) == (None, 7, "we needed to")
+    assert stabiliser.overdue(1_500) == "ed to"
+    assert stabiliser.partial("he needs it now please", 3_000) == (None, 12, "we needed to now please")
+    assert stabiliser.overdue(2_500) == " now please", (
+        "a word shown is sent, also after a hypothesis that left the text"
+    )
+    assert stabiliser.final("we needed to now please") == (None, False)
+
+
+spoken = st.lists(
+    st.tuples(st.integers(50, 600), st.sampled_from(["we", "need", "to", "cancel"])), min_size=1, max_size=12
+)
+
+
+@settings(deadline=None)
+@given(spoken, st.lists(st.integers(100, 900), min_size=1, max_size=20), st.integers(700, 2_000), st.randoms())
+def test_no_word_that_was_heard_is_late(said: list[tuple[int, str]], steps: list[int], max_delay: int, chance: Random):
+    """A recogniser that hears every word once it is spoken, and is wrong about any of them."""
+    ends = list(accumulate(length for length, _ in said))
+    stabiliser, sent, now = Stabiliser(), "", 0
+    for step in steps:
+        now += step
+        heard = [
+            word if chance.random() < 0.8 else "um" for (_, word), end in zip(said, ends, strict=True) if end <= now
+        ]
+        delta, _, shown = stabiliser.partial(" ".join(heard), now)
+        sent += delta or ""
+        sent += stabiliser.overdue(now - max_delay) or ""
+        assert shown.startswith(sent)
+        late = sum(end <= now - max_delay for end in ends)
+        assert len(sent.split()) >= late
+    final = " ".join(word for _, word in said)
+    delta, revised = stabiliser.final(final)
+    assert revised == (not final.startswith(sent))
+    assert revised or sent + (delta or "") == final
