@@ -100,5 +100,3 @@ def _keys() -> Wave:
         time = _TIME[: step // 2]
         made[start : start + step // 2] = 0.25 * (np.sin(2 * np.pi * low * time) + np.sin(2 * np.pi * high * time))
     return made
-
-

@@ -29,7 +29,9 @@ async def _compare(console: Console) -> None:
     engine = WhisperEngine(MICRO, Path(MICRO.source), device="cpu", cores=1)
     backend = LocalBackend(MICRO, workers=1)
     streams = Segmenting(backend, SileroVad.load())
-    table = Table("6 s of", "words of the model", "its mean log probability", "words of a recording", "words of a stream")
+    table = Table(
+        "6 s of", "words of the model", "its mean log probability", "words of a recording", "words of a stream"
+    )
     for name, samples in sounds().items():
         raw: list[Segment] = []
         engine.transcribe(samples, Options(language="en", urgency="final"), raw.append, lambda: False)
