@@ -136,21 +136,22 @@ async def _streamed(client: Client, clips: list[Clip]) -> list[tuple[Talk, list[
     return talks
 
 
-def early(told: Told) -> int:
-    """Words of the deltas that came before the speaker began to say them. A word that was never said is early if more
-    words were out than had been begun."""
+def early(told: Told) -> list[tuple[str, float]]:
+    """Words of the deltas that came before the speaker began to say them, and how many seconds. A word that was never
+    said stands for the one at its place."""
     heard = [(word, at) for at, text in told.deltas for word in text.split()]
     starts: list[float | None] = [None] * len(heard)
     matcher = difflib.SequenceMatcher(None, [word for word, _ in heard], told.said.text.split(), autojunk=False)
     for match in matcher.get_matching_blocks():
         for offset in range(match.size):
             starts[match.a + offset] = told.starts[match.b + offset]
-    count = 0
-    for number, (_, at) in enumerate(heard):
+    found = []
+    for number, (word, at) in enumerate(heard):
         start = starts[number]
-        begun = sum(each <= at for each in told.starts)
-        count += number >= begun if start is None else at < start
-    return count
+        begins = told.starts[min(number, len(told.starts) - 1)] if start is None else start
+        if at < begins:
+            found.append((word, begins - at))
+    return found
 
 
 # --- the figures ---
@@ -162,13 +163,14 @@ def _show(console: Console, clips: list[Clip], recorded: list[str], talks: list[
     deltas = [word for _, told in talks for each in told for _, text in each.deltas for word in text.split()]
     finals = [event for talk, _ in talks for _, event in talk.heard if event["type"] == "final"]
     revised = [event for event in finals if event["revised"]]
+    soon = [word for _, told in talks for each in told for word in early(each)]
     words = sum(count for _, count in pairs)
     table = Table("", "", title=f"{len(clips)} clips, {words} words, {len(talks)} streams")
     table.add_row("word error of the recordings", _percent(sum(wrong for wrong, _ in pairs), words))
     table.add_row("word error of the streams' finals", _percent(sum(wrong for wrong, _ in streamed), words))
     table.add_row(
         "words told in deltas before they were spoken",
-        f"{sum(early(each) for _, told in talks for each in told)} of {len(deltas)}",
+        f"{len(soon)} of {len(deltas)}" + "".join(f", {word} by {by:.2f} s" for word, by in soon[:SHOWN]),
     )
     table.add_row("finals that revised", f"{len(revised)} of {len(finals)} ({_percent(len(revised), len(finals))})")
     console.print(table)
