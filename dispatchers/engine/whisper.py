@@ -205,8 +205,7 @@ def _believed(segment: Segment, samples: Samples) -> bool:
 
 
 def _voiced(samples: Samples, segment: Segment) -> bool:
-    """Whether faster-whisper's VAD hears a voice in the segment: for a moment, as where a sound sets in it may err for a
-    frame."""
+    """Whether faster-whisper's VAD hears a voice in the segment, longer than it may err where a sound sets in."""
     from faster_whisper.vad import get_vad_model
 
     more_ms = max(0, _SHORTEST_MS - (segment.end_ms - segment.start_ms)) // 2

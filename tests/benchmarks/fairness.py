@@ -24,6 +24,7 @@ from policy.policies import PolicyBody
 from runtime.embedded import with_database
 from runtime.resources import Resources, open_resources
 from runtime.settings import Settings
+from runtime.telemetry import configure_logging
 from tests.benchmarks.stream import SEED, Load, Talk, final_after, first_text_after, percentile, script, speak, watch
 
 QUIET = 4
@@ -35,6 +36,7 @@ LAST_COLUMNS = ("s of the other heard", "cores others used")
 
 
 def run(console: Console, seconds: float, settings: dict[str, str]) -> None:
+    configure_logging("warning", "console")
     with tempfile.TemporaryDirectory(prefix="stenogate-bench-") as scratch:
         with local_gateway(Path(scratch), model="micro", **settings) as gateway:
             with with_database(Settings(data_dir=Path(scratch))) as completed:

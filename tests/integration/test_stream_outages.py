@@ -125,6 +125,10 @@ async def test_without_postgres_for_ten_seconds(settings: Settings, tmp_path: Pa
             async def during() -> None:
                 if how == "killed":
                     await refused_to_come_again(served, token)
+                else:
+                    with pytest.raises(TimeoutError):
+                        async with asyncio.timeout(AWAY_S / 2):
+                            await served.gateway.resources.database.ping()
 
             tenant, talk = await streamed_through(served, go, come_back, during)
             assert [event["text"] for event in talk.all("final")] == expected
