@@ -63,6 +63,10 @@ bench: setup ## the gateway against bare faster-whisper, as ratios in one run
 bench-stream: setup ## live streams at their own pace, e.g. ARGS="--streams 8 --seconds 12"
 	@$(BIN)/python -m tests.benchmarks stream $(ARGS)
 
+.PHONY: soak
+soak: setup ## an hour of live streams: memory, dropped finals, e.g. ARGS="--minutes 5 --streams 6"
+	@$(BIN)/python -m tests.benchmarks.soak $(ARGS)
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

@@ -15,6 +15,10 @@ _IMPROBABLE = -1.0
 _REPETITIVE = 2.4
 _TOO_HOT = 0.5
 
+_DOUBTFUL = -0.2
+"""Mean log probability of a window. Of 200 clips of the micro model's sample script 7 % lie below; of what the model
+makes of noise, tones, chords and telephone keys, all: -0.53 and less by itself, up to -0.27 beside speech."""
+
 _SURE = 0.6
 _SURE_WORDS = 3
 _CONTEXT_CHARACTERS = 1_000
@@ -25,6 +29,11 @@ def credible(segment: Segment) -> bool:
     """False for what Whisper typically makes of silence, and for loops."""
     silent = segment.no_speech_prob > _NO_SPEECH and segment.avg_logprob < _IMPROBABLE
     return not silent and segment.compression_ratio <= _REPETITIVE
+
+
+def doubtful(segment: Segment) -> bool:
+    """Whether a segment should have something else to speak for it."""
+    return segment.no_speech_prob > _NO_SPEECH or segment.avg_logprob < _DOUBTFUL
 
 
 def confidence(segments: list[Segment]) -> float:

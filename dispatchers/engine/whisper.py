@@ -7,7 +7,8 @@ they help: see `threads`. And short pieces that run in one `Meeting` are encoded
 
 `vad_filter` stays off. An utterance of a stream has been through a VAD already. For a recording it gained nothing where
 it could be measured (a minute of the micro samples: 0.9 % word error without it, 0.9 to 1.7 % with it, and a fifth more
-time), and it holds a second copy of the audio. Whisper's own gates against silence stay on.
+time), and it holds a second copy of the audio. Whisper's own gates against silence stay on, but noise and tones pass
+them: what of a recording the model is unsure of must have a voice in it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dispatchers.adapters.credence import credible, doubtful
 from dispatchers.engine.interface import Recognised
 from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import STOCK_WINDOW, ModelSpec
 from dispatchers.engine.together import Encoded, Place, TogetherModel
 from dispatchers.errors import BackendUnavailable, UnsupportedOption
-from dispatchers.interface import Heard, Options, Samples, Segment, Word, to_ms
+from dispatchers.interface import SAMPLES_PER_MS, Heard, Options, Samples, Segment, Word, to_ms
 
 if TYPE_CHECKING:
     from faster_whisper import WhisperModel
@@ -40,6 +42,11 @@ _BATCH_ON_GPU = 16
 _BATCH_ON_CPU = 1
 """Measured with the micro model (docs/benchmarks.md): little CPU is saved, and the first waits for the last."""
 _BEFORE_TOKENS = 224
+_STEP = 250
+_VAD_FRAME = 512
+_VOICE = 0.5
+_VOICED_FRAMES = 4  # 128 ms
+_SHORTEST_MS = 500  # segments' times are guessed, and some have no length
 
 
 def threads(cores: int, model_bytes: int) -> tuple[int, int]:
@@ -125,8 +132,11 @@ class WhisperEngine:
         for piece in pieces:
             if cancelled():
                 break
+            segment = self._segment(piece, to_ms(len(samples)))
+            if options.urgency == "batch" and not _believed(segment, samples):
+                continue
             texts.append(piece.text)
-            heard(self._segment(piece, to_ms(len(samples))))
+            heard(segment)
         return Recognised(text="".join(texts).strip(), language=str(info.language))
 
     def close(self) -> None:
@@ -189,14 +199,32 @@ class WhisperEngine:
         )
 
 
+def _believed(segment: Segment, samples: Samples) -> bool:
+    """Whether a recording's segment may leave: it is no loop and, if it is doubtful, has a voice in it. A stream's
+    utterances have been through a VAD, and are judged where they are told."""
+    return credible(segment) and (not doubtful(segment) or _voiced(samples, segment))
+
+
+def _voiced(samples: Samples, segment: Segment) -> bool:
+    """Whether faster-whisper's VAD hears a voice in the segment, longer than it may err where a sound sets in."""
+    from faster_whisper.vad import get_vad_model
+
+    more_ms = max(0, _SHORTEST_MS - (segment.end_ms - segment.start_ms)) // 2
+    start, end = max(0, segment.start_ms - more_ms), segment.end_ms + more_ms
+    heard = samples[start * SAMPLES_PER_MS : end * SAMPLES_PER_MS].astype(np.float32) / _FULL_SCALE
+    padded = np.pad(heard, (0, -len(heard) % _VAD_FRAME))
+    return len(padded) > 0 and int((get_vad_model()(padded) > _VOICE).sum()) >= _VOICED_FRAMES
+
+
 def _beam(options: Options) -> int:
     return 1 if options.urgency == "partial" else _BEAM
 
 
 def window(content: int, shortest: int) -> int:
     """Frames to encode for so many frames of content. At least half stays padding: without it the micro model's word
-    error on windows full of speech rises from 0.9 to 7.7 %."""
-    return min(STOCK_WINDOW, max(shortest, 2 * content))
+    error on windows full of speech rises from 0.9 to 7.7 %. In steps, for CTranslate2 keeps what it has prepared for
+    each length it has met (about 2 MiB of the micro model's)."""
+    return min(STOCK_WINDOW, max(shortest, -(-2 * content // _STEP) * _STEP))
 
 
 def _load(

@@ -13,9 +13,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, memory, stream, together
+from tests.benchmarks import batch, fairness, memory, sounds, stream, together, words
 
-FILES: dict[str, Callable[[Console], None]] = {"batch": batch.run, "memory": memory.run, "together": together.run}
+FILES: dict[str, Callable[[Console], None]] = {
+    "batch": batch.run,
+    "memory": memory.run,
+    "together": together.run,
+    "sounds": sounds.run,
+}
 
 
 def main() -> None:
@@ -26,6 +31,10 @@ def main() -> None:
     live.add_argument("--seconds", type=float, default=28.0, help="of speech in each stream")
     live.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the server")
     live.add_argument("--events", type=Path, help="a file to add all that was heard to")
+    live.add_argument("--compare", action="store_true", help="beside padded windows and batching")
+    live.add_argument("--fairness", action="store_true", help="a quiet tenant beside one that floods")
+    live.add_argument("--words", action="store_true", help="word error, early words and revisions over 1,000 words")
+    live.add_argument("--samples", type=Path, help="for --words: a folder that the sample script made")
     given = parser.parse_args()
     console = Console(width=160)
     console.print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}\n")
@@ -33,7 +42,14 @@ def main() -> None:
         console.rule(name, align="left")
         if name == "stream":
             settings = dict(pair.split("=", 1) for pair in given.set)
-            stream.run(console, given.streams, given.seconds, settings, given.events)
+            if given.compare:
+                stream.compare(console, given.streams, given.seconds)
+            elif given.fairness:
+                fairness.run(console, given.seconds, settings)
+            elif given.words:
+                words.run(console, settings, given.samples)
+            else:
+                stream.run(console, given.streams, given.seconds, settings, given.events)
         else:
             FILES[name](console)
 

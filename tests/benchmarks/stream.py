@@ -25,7 +25,7 @@ from rich.table import Table
 from websockets.asyncio.client import connect
 
 from dispatchers.audio.decode import load
-from dispatchers.engine.models import MICRO_SAMPLES
+from dispatchers.engine.models import MICRO_SAMPLES, STOCK_WINDOW
 from dispatchers.interface import SAMPLE_RATE, Samples
 from dispatchers.wer import word_errors
 from gateway.commands.client import Client
@@ -37,6 +37,11 @@ STARTS_WITHIN_S = 3.0
 LAST_SILENCE_S = 4.0
 SEED = 20
 LOOK_S = 0.5
+WAYS = {
+    "as shipped": {},
+    "windows padded to 30 s": {"shortest_window": str(STOCK_WINDOW)},
+    "batches of up to 8": {"engine_batch": "8"},
+}
 MIB = 1024 * 1024
 
 
@@ -106,23 +111,37 @@ def run(
     console: Console, streams: Sequence[int], seconds: float, settings: dict[str, str], events: Path | None = None
 ) -> None:
     """One fresh server for each number of streams. `events` is a file for all that was heard, one JSON a line."""
-    rows: dict[str, list[str]] = {}
+    columns = {str(count): _measured(count, seconds, settings, events) for count in streams}
+    _print(console, f"{seconds:.0f} s a stream {settings or ''}".strip(), "streams", columns)
+
+
+def compare(console: Console, streams: Sequence[int], seconds: float) -> None:
+    """The server as it ships beside itself with windows padded to 30 s and with batching, for each number of streams,
+    in one run."""
     for count in streams:
-        with tempfile.TemporaryDirectory(prefix="stenogate-bench-") as scratch:
-            with local_gateway(Path(scratch), model="micro", **settings) as gateway:
-                talks, load_ = asyncio.run(_together(gateway, count, seconds))
-        for name, figure in _figures(count, talks, load_).items():
-            rows.setdefault(name, []).append(figure)
-        if events is not None:
-            with events.open("a") as file:
-                file.writelines(
-                    json.dumps({"streams": count, "stream": number, "at": at - talk.began, **event}) + "\n"
-                    for number, talk in enumerate(talks)
-                    for at, event in talk.heard
-                )
-    table = Table("streams", *map(str, streams), title=f"{seconds:.0f} s a stream {settings or ''}".strip())
-    for name, figures in rows.items():
-        table.add_row(name, *figures)
+        columns = {name: _measured(count, seconds, settings) for name, settings in WAYS.items()}
+        _print(console, f"{count} streams of {seconds:.0f} s", "", columns)
+
+
+def _measured(count: int, seconds: float, settings: dict[str, str], events: Path | None = None) -> dict[str, str]:
+    """The figures of so many streams on a fresh server."""
+    with tempfile.TemporaryDirectory(prefix="stenogate-bench-") as scratch:
+        with local_gateway(Path(scratch), model="micro", **settings) as gateway:
+            talks, load_ = asyncio.run(_together(gateway, count, seconds))
+    if events is not None:
+        with events.open("a") as file:
+            file.writelines(
+                json.dumps({"streams": count, "stream": number, "at": at - talk.began, **event}) + "\n"
+                for number, talk in enumerate(talks)
+                for at, event in talk.heard
+            )
+    return _figures(count, talks, load_)
+
+
+def _print(console: Console, title: str, corner: str, columns: dict[str, dict[str, str]]) -> None:
+    table = Table(corner, *columns, title=title)
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(figures[name] for figures in columns.values()))
     console.print(table)
     console.print(
         "In brackets: times the best other server's figure, which beyond 8 streams is one of 16.",
@@ -168,18 +187,19 @@ def script(seed: int, seconds: float) -> Talk:
 
 
 async def _together(gateway: LocalGateway, count: int, seconds: float) -> tuple[list[Talk], Load]:
-    await _speak(gateway.client, script(0, 5.0), 0.0)  # warms
+    await speak(gateway.client, script(0, 5.0), 0.0)  # warms
     talks = [script(SEED + number, seconds) for number in range(count)]
     offsets = random.Random(SEED)
-    measured, watch = Load(), asyncio.Event()
-    watching = asyncio.create_task(_watch(psutil.Process(gateway.pid), measured, watch))
-    await asyncio.gather(*(_speak(gateway.client, talk, offsets.uniform(0, STARTS_WITHIN_S)) for talk in talks))
-    watch.set()
+    measured, over = Load(), asyncio.Event()
+    watching = asyncio.create_task(watch(psutil.Process(gateway.pid), measured, over))
+    await asyncio.gather(*(speak(gateway.client, talk, offsets.uniform(0, STARTS_WITHIN_S)) for talk in talks))
+    over.set()
     await watching
     return talks, measured
 
 
-async def _speak(client: Client, talk: Talk, wait_s: float) -> None:
+async def speak(client: Client, talk: Talk, wait_s: float = 0.0, *, pace: bool = True) -> None:
+    """Says all of it at its own pace or as fast as it is taken, and hears what comes back."""
     await asyncio.sleep(wait_s)
     address = client.url.replace("http", "ws", 1) + "/v1/stream"
     headers = {"Authorization": f"Bearer {client.token}"}
@@ -197,14 +217,15 @@ async def _speak(client: Client, talk: Talk, wait_s: float) -> None:
 
         listening = asyncio.create_task(listen())
         for at in range(0, len(talk.audio), FRAME):  # a frame leaves when its last sample has been spoken
-            await asyncio.sleep(talk.began + (at + FRAME) / SAMPLE_RATE - time.monotonic())
+            if pace:
+                await asyncio.sleep(talk.began + (at + FRAME) / SAMPLE_RATE - time.monotonic())
             await socket.send(talk.audio[at : at + FRAME].tobytes())
         await socket.send(json.dumps({"type": "metrics"}))
         await socket.send(json.dumps({"type": "stop"}))
         await listening
 
 
-async def _watch(server: psutil.Process, load_: Load, done: asyncio.Event) -> None:
+async def watch(server: psutil.Process, load_: Load, done: asyncio.Event) -> None:
     """Fills in the load until it is done."""
     me = psutil.Process()
     tree = [server, *server.children(recursive=True)]
@@ -230,13 +251,20 @@ def _busy() -> float:
 # --- the figures ---
 
 
+def final_after(talks: list[Talk]) -> list[float]:
+    """Seconds from the end of speech to the final, of every utterance that got one."""
+    return [heard[-1][0] - words.end for talk in talks for words in talk.said if (heard := talk.during(words, "final"))]
+
+
+def first_text_after(talks: list[Talk]) -> list[float]:
+    """Seconds from the start of speech to the first text."""
+    kinds = ("partial", "delta", "final")
+    return [heard[0][0] - words.start for talk in talks for words in talk.said if (heard := talk.during(words, *kinds))]
+
+
 def _figures(count: int, talks: list[Talk], load_: Load) -> dict[str, str]:
     said = [(talk, words) for talk in talks for words in talk.said]
-    finals = [(talk.during(words, "final"), words) for talk, words in said]
-    late = [heard[-1][0] - words.end for heard, words in finals if heard]
-    first = [
-        heard[0][0] - words.start for talk, words in said if (heard := talk.during(words, "partial", "delta", "final"))
-    ]
+    late, first = final_after(talks), first_text_after(talks)
     spoken_s = sum(len(talk.audio) for talk in talks) / SAMPLE_RATE
     told = [event for talk in talks for _, event in talk.heard]
     revised = [event["revised"] for event in told if event["type"] == "final"]
@@ -245,11 +273,11 @@ def _figures(count: int, talks: list[Talk], load_: Load) -> dict[str, str]:
     peer = PEERS[next(size for size in PEERS if size >= min(count, max(PEERS)))]
     return {
         "utterances": str(len(said)),
-        "lost": str(sum(not heard for heard, _ in finals)),
-        "final after the end of speech, p50": _beside(_at(late, 50), peer.final_p50, " s"),
-        "p95": _beside(_at(late, 95), peer.final_p95, " s"),
-        "first text after the start of speech, p50": _beside(_at(first, 50), peer.first_p50, " s"),
-        "first text, p95": _beside(_at(first, 95), peer.first_p95, " s"),
+        "lost": str(len(said) - len(late)),
+        "final after the end of speech, p50": _beside(percentile(late, 50), peer.final_p50, " s"),
+        "p95": _beside(percentile(late, 95), peer.final_p95, " s"),
+        "first text after the start of speech, p50": _beside(percentile(first, 50), peer.first_p50, " s"),
+        "first text, p95": _beside(percentile(first, 95), peer.first_p95, " s"),
         "word error of the finals": _beside(100 * wrong, 100 * peer.word_error, " %", 1),
         "revised finals": f"{sum(revised)} of {len(revised)}",
         "partials a second and stream": f"{sum(event['type'] == 'partial' for event in told) / spoken_s:.2f}",
@@ -263,7 +291,7 @@ def _text(talk: Talk) -> str:
     return " ".join(event["text"] for _, event in talk.heard if event["type"] == "final")
 
 
-def _at(figures: list[float], percent: float) -> float:
+def percentile(figures: list[float], percent: float) -> float:
     return float(np.percentile(figures, percent)) if figures else float("nan")
 
 

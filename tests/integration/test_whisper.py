@@ -101,7 +101,7 @@ def test_padding_is_cut_without_changing_the_text(engine: WhisperEngine) -> None
 
 @pytest.mark.parametrize(
     ("content", "shortest", "frames"),
-    [(0, 1000, 1000), (300, 1000, 1000), (501, 1000, 1002), (1000, 1000, 2000), (2000, 1000, 3000), (10, 3000, 3000)],
+    [(0, 1000, 1000), (300, 1000, 1000), (501, 1000, 1250), (1000, 1000, 2000), (2000, 1000, 3000), (10, 3000, 3000)],
 )
 def test_window(content: int, shortest: int, frames: int) -> None:
     assert window(content, shortest) == frames
