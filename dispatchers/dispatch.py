@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 from uuid import UUID
 
 from dispatchers.errors import BackendUnavailable, DispatchError
@@ -28,11 +29,14 @@ from dispatchers.interface import (
     ignore,
     to_ms,
 )
+from dispatchers.later import continued
 from dispatchers.meter import Meter
 from policy.admission import Admission, Lease, Outcome
+from policy.errors import TakenOver
 from policy.identity import Authenticator, Caller
 from policy.policies import Policy, current
 from policy.resolve import Candidate, Decision, Demand, Offer, resolve
+from policy.sessions import Progress
 from runtime.database import Database, Transaction
 from runtime.errors import StenogateError
 
@@ -61,6 +65,11 @@ class Summary:
     language: str | None = None
     texts: list[str] = field(default_factory=list)
 
+    def progress(self, *, keep_text: bool) -> Progress:
+        """For the session's row."""
+        text = " ".join(self.texts) if keep_text else None
+        return Progress(language=self.language, utterances=self.utterances, words=self.words, text=text)
+
     @property
     def coverage(self) -> float:
         return 1.0 if self.accepted_ms == 0 else max(0.0, 1.0 - self.gap_ms / self.accepted_ms)
@@ -82,7 +91,8 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """An open live stream. `summary` is complete once the door's context has been left."""
+    """An open live stream. `summary` is complete once the door's context has been left. `lease` says whether it is ours
+    still."""
 
     session_id: UUID
     candidate: Candidate
@@ -90,6 +100,23 @@ class Live:
     policy: Policy
     events: AsyncIterator[Event]
     summary: Summary
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """Where a stream of another process is taken up: the session's `turn` there, the position on its clock from which
+    audio comes, how many utterances were announced, and what it came to."""
+
+    session_id: UUID
+    turn: int
+    from_ms: int
+    announced: int
+    summary: Summary
+
+
+Outlives: TypeAlias = Callable[[BaseException], bool]
+"""Whether a session is left open, for another process to take up, when this ended its stream here."""
 
 
 class Door:
@@ -195,35 +222,89 @@ class Door:
         audio: AsyncIterator[StreamInput],
         *,
         hang_up: Callable[[], None],
+        outlives: Outlives = lambda _: False,
     ) -> AsyncIterator[Live]:
         """A live stream. The end of `audio` drains it; what was accepted is settled whatever happens inside. `hang_up`
         ends `audio` from this side, when the caller may not go on.
 
         Raises, from the event iterator and after the last final, the reason that ended the stream early
-        (`BudgetExhausted`, `TenantSuspended`, `TokenExpired` …).
+        (`BudgetExhausted`, `TenantSuspended`, `TokenExpired`, `TakenOver` …).
         """
         policy, decision = await self.explain(caller, demand)
         async with self._admission.admit(caller, demand, policy, decision) as lease:
-            candidate = lease.decision.candidates[0]
-            dispatcher = self._backends[candidate.backend]
-            meter = Meter(lease, candidate, recheck=lambda: self._authenticator.recheck(caller), hang_up=hang_up)
-            summary = Summary()
-            pinned = self._pinned(options, candidate, lease.tenant_id)
-            ending: BaseException | None = None
-            try:
-                async with (
-                    dispatcher.stream(meter.audio(audio), pinned) as events,
-                    _merged(events, meter, summary) as merged,
-                ):
-                    origin = dispatcher.origin(candidate.model)
-                    yield Live(lease.session_id, candidate, origin, policy, merged, summary)
-            except BaseException as error:
-                ending = error
-                raise
-            finally:
-                outcome = _stream_outcome(summary, ending, keep_text=policy.body.keep_transcripts)
+            start = Continuation(lease.session_id, lease.turn, 0, 0, Summary())
+            async with self._streaming(
+                lease, start, caller, options, audio, hang_up=hang_up, outlives=outlives
+            ) as live:
+                yield live
+
+    @asynccontextmanager
+    async def resumed(
+        self,
+        caller: Caller,
+        where: Continuation,
+        options: Options,
+        audio: AsyncIterator[StreamInput],
+        *,
+        hang_up: Callable[[], None],
+        outlives: Outlives = lambda _: False,
+    ) -> AsyncIterator[Live]:
+        """The same for one that another process has left, or is now made to leave."""
+        async with (
+            self._admission.resumed(caller, where.session_id, where.turn) as lease,
+            self._streaming(lease, where, caller, options, audio, hang_up=hang_up, outlives=outlives) as live,
+        ):
+            yield live
+
+    @asynccontextmanager
+    async def _streaming(
+        self,
+        lease: Lease,
+        where: Continuation,
+        caller: Caller,
+        options: Options,
+        audio: AsyncIterator[StreamInput],
+        *,
+        hang_up: Callable[[], None],
+        outlives: Outlives,
+    ) -> AsyncIterator[Live]:
+        candidate, policy, summary = lease.decision.candidates[0], lease.policy, where.summary
+        dispatcher = self._plugged(candidate.backend)
+        keep_text = policy.body.keep_transcripts
+        meter = Meter(
+            lease,
+            candidate,
+            recheck=lambda: self._authenticator.recheck(caller),
+            hang_up=hang_up,
+            progress=lambda: summary.progress(keep_text=keep_text),
+            from_ms=where.from_ms,
+        )
+        pinned = self._pinned(options, candidate, lease.tenant_id)
+        ending: BaseException | None = None
+        try:
+            async with (
+                dispatcher.stream(meter.audio(audio), pinned) as heard,
+                _merged(continued(heard, where.from_ms, where.announced), meter, summary) as merged,
+            ):
+                origin = dispatcher.origin(candidate.model)
+                yield Live(lease.session_id, candidate, origin, policy, merged, summary, lease)
+        except BaseException as error:
+            ending = error
+            raise
+        finally:
+            outcome: Outcome | None = _stream_outcome(summary, ending, keep_text=keep_text)
+            if ending is not None and (isinstance(ending, TakenOver) or outlives(ending)):
+                lease.detach()
+                outcome = None
+            with suppress(TakenOver):  # then nothing of it is ours to settle any more
                 receipt = await asyncio.shield(meter.finish(outcome))
                 summary.accepted_ms, summary.billed_ms = receipt.accepted_ms, receipt.billed_ms
+
+    def _plugged(self, backend: str) -> Dispatcher:
+        """Raises `BackendUnavailable` where another process had what this one has not."""
+        if backend not in self._backends:
+            raise BackendUnavailable
+        return self._backends[backend]
 
     def _pinned(self, options: Options, candidate: Candidate, tenant_id: UUID) -> Options:
         return replace(options, model=candidate.model, share=tenant_id.hex)
@@ -278,8 +359,5 @@ def _stream_outcome(summary: Summary, ending: BaseException | None, *, keep_text
         status="completed" if ending is None else "interrupted",
         code=ending.code if isinstance(ending, StenogateError) else None,
         engine=None,
-        language=summary.language,
-        utterances=summary.utterances,
-        words=summary.words,
-        text=" ".join(summary.texts) if keep_text else None,
+        **vars(summary.progress(keep_text=keep_text)),
     )

@@ -13,6 +13,7 @@ PolicyError
 ├── NothingUp             everything that is allowed is down
 ├── LedgerUnavailable     the database cannot be reached, so nothing can be sold
 ├── Conflict              it exists already, or is in a state that forbids this
+│   └── TakenOver         somebody else goes on with the session
 └── Invalid               a value that cannot be accepted
 """
 
@@ -128,6 +129,12 @@ class Conflict(PolicyError):
     """The object exists already, or its state forbids this."""
 
     code = "CONFLICT"
+
+
+class TakenOver(Conflict):
+    """The session was resumed on another connection."""
+
+    code = "SESSION_TAKEN_OVER"
 
 
 class Invalid(PolicyError):

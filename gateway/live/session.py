@@ -12,34 +12,23 @@ from __future__ import annotations
 import asyncio
 import secrets
 import traceback
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, suppress
 from uuid import UUID
 
 import structlog
 
 from dispatchers.dispatch import Door, Live
-from dispatchers.errors import AudioError, BackendTimeout, Overloaded
-from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Gap, Pcm, StreamInput
+from dispatchers.errors import AudioError, BackendTimeout
+from dispatchers.interface import SAMPLES_PER_MS, Event, Final, Gap, Pcm, StreamInput
 from gateway.errors import close_code, known
-from gateway.live.codec import Codec, Metrics, Ping, Setup, Standing, Stop, Unknown
-from gateway.live.frames import (
-    LEFT,
-    Frames,
-    Gone,
-    Idle,
-    Message,
-    NotReading,
-    Restarting,
-    ResumeFailed,
-    SessionTooLong,
-    TakenOver,
-    UnknownMessage,
-)
-from gateway.live.intake import Intake, Received
+from gateway.live.codec import Codec, Setup, Standing
+from gateway.live.frames import LEFT, Frames, Gone, Message, NotReading, Restarting, ResumeFailed, SessionTooLong
+from gateway.live.intake import Intake
 from gateway.live.latency import Latency
+from gateway.live.reader import Reader
 from gateway.live.record import Record
-from policy.errors import Invalid
+from policy.errors import TakenOver
 from policy.identity import Caller
 from runtime.errors import StenogateError
 from runtime.telemetry import (
@@ -56,28 +45,6 @@ log = structlog.get_logger()
 
 GOING_AWAY = 1001
 DRAIN_S = 120.0
-FULL_RETRY_S = 5
-
-
-class Seats:
-    """How many live sessions this process holds."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    @contextmanager
-    def seat(self, limit: int) -> Iterator[None]:
-        """Raises `Overloaded` when all are taken."""
-        if self.taken >= limit:
-            raise Overloaded(retry_after_s=FULL_RETRY_S)
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
-
-
-SEATS = Seats()
 
 
 class Session:
@@ -94,17 +61,19 @@ class Session:
         self._record = Record(keep=self._resume_s > 0)
         self._intake = Intake(setup.wire)
         self._latency = Latency()
+        self._reading = Reader(
+            codec, self._intake, self._record, self._latency, idle_s=idle_s, stop=lambda: self._end(None)
+        )
         self._loop = asyncio.get_running_loop()
         self._live: Live | None = None
         self._refusal: StenogateError | None = None
         self._decided = asyncio.Event()  # whether this session was let in, and how long it may be
-        self._until = self._longest_ms = 0.0
+        self._longest_ms = 0
         self._deadline: asyncio.Timeout | None = None
         self._reader: asyncio.Task[None] | None = None
         self._waiting: asyncio.TimerHandle | None = None  # for a lost client, or for the end of a drain
         self._answered_ms = 0
-        self._heard_already = 0  # bytes that a resumed client sends again
-        self._stopped = self._draining = self._ended = self._over = False
+        self._draining = self._ended = self._over = False
         self._ending: StenogateError | None = None
         self._farewell = (LEFT, "")
 
@@ -146,7 +115,7 @@ class Session:
         try:
             await self._dismiss()
             resumed = last_seq is not None
-            self._heard_already = self._intake.beyond(self._answered_ms) if resumed else 0
+            self._reading.heard_already = self._intake.beyond(self._answered_ms) if resumed else 0
             standing = Standing(
                 self._idle_s, self.token, resumed, self._answered_ms if resumed else 0, self._intake.taken_ms
             )
@@ -197,7 +166,7 @@ class Session:
                 structlog.contextvars.bind_contextvars(session_id=str(live.session_id))
                 self._live = live
                 self._longest_ms = live.policy.body.max_stream_ms
-                self._until = self._loop.time() + self._longest_ms / 1000
+                self._reading.until = self._loop.time() + self._longest_ms / 1000
                 self._decided.set()
                 await self._pass_on(live)
                 if self._ending is not None:
@@ -274,54 +243,12 @@ class Session:
     async def _listen(self, frames: Frames) -> None:
         """Reads until the socket is gone, or it is cancelled: an error is told when what was heard is answered."""
         try:
-            while True:
-                await self._take(await self._next(frames))
+            await self._reading.read(frames)
         except Gone as gone:
             self._lose(purpose=gone.purpose)
         except Exception as exc:  # noqa: BLE001 — not swallowed: it is why the session ends
             self._end(admitted(exc))
             await asyncio.Event().wait()
-
-    async def _next(self, frames: Frames) -> str | bytes:
-        left = max(0.0, self._until - self._loop.time())
-        try:
-            return await frames.receive(None if self._stopped else min(self._idle_s, left))
-        except Idle:
-            if left <= self._idle_s:
-                raise SessionTooLong from None
-            raise
-
-    async def _take(self, frame: str | bytes) -> None:
-        command = frame if isinstance(frame, bytes) else self._codec.command(frame)
-        match command:
-            case bytes() | Flush() | Clear():
-                await self._put(command)
-            case Stop():
-                self._stopped = True
-                self._end(None)
-            case Ping() as ping:
-                await self._record.say(self._codec.pong(ping, self._intake.taken_ms))
-            case Metrics():
-                await self._record.say(self._codec.metrics(self._latency, self._intake))
-            case Unknown(name):
-                await self._complain(UnknownMessage(f"There is no message type `{name}`."))
-
-    async def _put(self, item: Received) -> None:
-        if self._stopped:
-            await self._complain(Invalid("This came after `stop` and was not accepted."))
-            return
-        if isinstance(item, bytes) and self._heard_already:
-            known = min(self._heard_already, len(item))
-            self._heard_already -= known
-            item = item[known:]
-            if not item:
-                return
-        await self._intake.put(item)
-        if isinstance(item, bytes):
-            self._latency.received(self._intake.received_ms, self._loop.time())
-
-    async def _complain(self, error: StenogateError) -> None:
-        await self._record.say(self._codec.error(error, fatal=False))
 
     def _end(self, reason: StenogateError | None) -> None:
         """No more input. The first reason counts; what was heard has `DRAIN_S` to become text."""
@@ -337,7 +264,7 @@ class Session:
         """What the recogniser pulls: everything received, up to the longest session."""
         await self._decided.wait()
         try:
-            async for item in self._within(int(self._longest_ms) * SAMPLES_PER_MS):
+            async for item in self._within(self._longest_ms * SAMPLES_PER_MS):
                 yield item
         except AudioError as error:  # what could be decoded before is answered
             self._end(error)
