@@ -292,12 +292,11 @@ class Door:
             ending = error
             raise
         finally:
-            outcome: Outcome | None = _stream_outcome(summary, ending, keep_text=keep_text)
-            if ending is not None and (isinstance(ending, TakenOver) or outlives(ending)):
+            outcome = _stream_outcome(summary, ending, keep_text=keep_text)
+            if left := ending is not None and outlives(ending):
                 lease.detach()
-                outcome = None
             with suppress(TakenOver):  # then nothing of it is ours to settle any more
-                receipt = await asyncio.shield(meter.finish(outcome))
+                receipt = await asyncio.shield(meter.leave(outcome.code) if left else meter.finish(outcome))
                 summary.accepted_ms, summary.billed_ms = receipt.accepted_ms, receipt.billed_ms
 
     def _plugged(self, backend: str) -> Dispatcher:
@@ -359,5 +358,8 @@ def _stream_outcome(summary: Summary, ending: BaseException | None, *, keep_text
         status="completed" if ending is None else "interrupted",
         code=ending.code if isinstance(ending, StenogateError) else None,
         engine=None,
-        **vars(summary.progress(keep_text=keep_text)),
+        language=summary.language,
+        utterances=summary.utterances,
+        words=summary.words,
+        text=summary.progress(keep_text=keep_text).text,
     )

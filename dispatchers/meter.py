@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 
@@ -48,6 +49,7 @@ class Meter:
         self.accepted_samples = from_ms * SAMPLES_PER_MS
         self.billed_ms = 0
         self.ended_by: PolicyError | None = None
+        self._left: str | None = None
         self._lease = lease
         self._candidate = candidate
         self._recheck = recheck
@@ -90,9 +92,17 @@ class Meter:
             except PolicyError as refusal:
                 self._end(refusal)
 
-    async def finish(self, outcome: Outcome | None) -> Receipt:
-        """Settles the rest and closes the session, or with no outcome leaves it to whoever takes it up; keeps trying
-        while the database is away. Raises `TakenOver` when somebody has done so already."""
+    async def finish(self, outcome: Outcome) -> Receipt:
+        """Settles the rest and closes the session; keeps trying while the database is away. Raises `TakenOver` when
+        somebody else goes on with it."""
+        return await self._settle_all(outcome)
+
+    async def leave(self, code: str | None) -> Receipt:
+        """The same, and leaves the session open to whoever takes it up, with a note why."""
+        self._left = code
+        return await self._settle_all(None)
+
+    async def _settle_all(self, outcome: Outcome | None) -> Receipt:
         deadline = asyncio.get_running_loop().time() + COVER_TIMEOUT_S
         while True:
             try:
@@ -116,7 +126,7 @@ class Meter:
         self._covered.set()
 
     async def _note(self, tx: Transaction) -> None:
-        await self._lease.note(tx, self._progress())
+        await self._lease.note(tx, replace(self._progress(), code=self._left))
 
     def _end(self, refusal: PolicyError) -> None:
         self.ended_by = refusal

@@ -80,12 +80,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a session has come to so far. `text` None: not kept."""
+    """What a session has come to so far. `text` None: not kept. `code`: why its holder left it open, if he did."""
 
     language: str | None
     utterances: int
     words: int
     text: str | None
+    code: str | None = None
 
 
 async def open_session(
@@ -215,16 +216,17 @@ _COVER = text("""
 """)
 _TOUCH = text("update sessions set seen_at = now() where tenant_id = :tenant and id = :id and status = 'open'")
 _NOTE = text("""
-    update sessions set language = coalesce(:language, language), utterances = :utterances, words = :words, text = :text
+    update sessions set language = coalesce(:language, language), utterances = :utterances, words = :words, text = :text,
+        code = :code
     where tenant_id = :tenant and id = :id and status = 'open' and turn = :turn
 """)
 _TAKE_OVER = text("""
-    update sessions set turn = turn + 1, seen_at = now()
+    update sessions set turn = turn + 1, code = null, seen_at = now()
     where tenant_id = :tenant and id = :id and status = 'open' and turn = :turn returning id
 """)
 _CLOSE = text("""
     update sessions
-    set status = :status, code = :code, engine = coalesce(:engine, engine), language = coalesce(:language, language),
+    set status = :status, code = coalesce(:code, code), engine = coalesce(:engine, engine), language = coalesce(:language, language),
         utterances = coalesce(:utterances, utterances), words = coalesce(:words, words), text = coalesce(:text, text),
         seen_at = now(), ended_at = now()
     where tenant_id = :tenant and id = :id and status = 'open' and (cast(:turn as int) is null or turn = :turn)

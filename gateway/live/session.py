@@ -13,23 +13,28 @@ import asyncio
 import secrets
 import traceback
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, suppress
+from functools import partial
 from uuid import UUID
 
 import structlog
 
+from dispatchers.audio.segment import TAIL
+from dispatchers.audio.vad import FRAME
 from dispatchers.dispatch import Door, Live
 from dispatchers.errors import AudioError, BackendTimeout
-from dispatchers.interface import SAMPLES_PER_MS, Event, Final, Gap, Pcm, StreamInput
+from dispatchers.interface import SAMPLES_PER_MS, Event, Final, Gap, Pcm, StreamInput, to_ms
 from gateway.errors import close_code, known
-from gateway.live.codec import Codec, Setup, Standing
+from gateway.live.codec import Codec, Resume, Setup, Standing
 from gateway.live.frames import LEFT, Frames, Gone, Message, NotReading, Restarting, ResumeFailed, SessionTooLong
 from gateway.live.intake import Intake
 from gateway.live.latency import Latency
+from gateway.live.legacy import Keeper, Legacy
 from gateway.live.reader import Reader
-from gateway.live.record import Record
+from gateway.live.record import Before, Record
 from policy.errors import TakenOver
 from policy.identity import Caller
+from runtime.coordination import Coordination
 from runtime.errors import StenogateError
 from runtime.telemetry import (
     FINAL_SECONDS,
@@ -44,22 +49,40 @@ from runtime.telemetry import (
 log = structlog.get_logger()
 
 GOING_AWAY = 1001
+OUR_FAULT = 1011
 DRAIN_S = 120.0
 
 
 class Session:
-    """An opened session's state. `resume_s` is how long it waits for a lost client; 0: not at all."""
+    """An opened session's state. `resume_s` is how long it waits for a lost client; 0: not at all. `legacy`: it was
+    another process's."""
 
-    def __init__(self, codec: Codec, setup: Setup, caller: Caller, *, idle_s: float, resume_s: float):
+    def __init__(
+        self,
+        codec: Codec,
+        setup: Setup,
+        caller: Caller,
+        coordination: Coordination,
+        *,
+        idle_s: float,
+        resume_s: float,
+        legacy: Legacy | None = None,
+    ):
         self.tenant_id: UUID = caller.tenant_id
         self.token: str | None = None
         self._caller = caller
         self._codec = codec
         self._setup = setup
         self._idle_s = idle_s
-        self._resume_s = 0.0 if setup.wire.contained else resume_s  # whose bytes have no place on the sample clock
-        self._record = Record(keep=self._resume_s > 0)
-        self._intake = Intake(setup.wire)
+        self._resume_s = resume_s
+        self._coordination = coordination
+        self._legacy = legacy
+        self._keeper: Keeper | None = None
+        self._answered_ms = 0 if legacy is None else legacy.from_ms
+        self._record = Record(keep=resume_s > 0)
+        if legacy is not None:
+            self._record.go_on(legacy.last_seq, [entry.message for entry in legacy.missed])
+        self._intake = Intake(setup.wire, self._answered_ms)
         self._latency = Latency()
         self._reading = Reader(
             codec, self._intake, self._record, self._latency, idle_s=idle_s, stop=lambda: self._end(None)
@@ -72,7 +95,6 @@ class Session:
         self._deadline: asyncio.Timeout | None = None
         self._reader: asyncio.Task[None] | None = None
         self._waiting: asyncio.TimerHandle | None = None  # for a lost client, or for the end of a drain
-        self._answered_ms = 0
         self._draining = self._ended = self._over = False
         self._ending: StenogateError | None = None
         self._farewell = (LEFT, "")
@@ -91,6 +113,8 @@ class Session:
                 self._refusal = error
                 return
             code = close_code(error)
+            if self._keeper is not None and self._outlives(error):
+                await self._keeper.leave(self._intake.taken_ms)
             await self._tell(error)
         finally:
             self._leave_behind()
@@ -103,23 +127,24 @@ class Session:
         if self._refusal is not None:
             raise self._refusal
 
-    async def attach(self, frames: Frames, last_seq: int | None = None) -> None:
-        """Gives the session another socket, the first one with no `last_seq`. The one before is told.
+    async def attach(self, frames: Frames, resume: Resume | None = None) -> None:
+        """Gives the session another socket, the very first one with no `resume`. The one before is told.
 
         Raises `ResumeFailed` and leaves all as it is, or `NotReading`.
         """
-        if self._over or (last_seq is not None and not self._record.has_since(last_seq)):
-            raise (self._ending if last_seq is None else None) or ResumeFailed()
+        if self._over or (resume is not None and not self._record.has_since(resume.last_seq)):
+            raise (self._ending if resume is None else None) or ResumeFailed()
         self.token = secrets.token_urlsafe(32) if self._resume_s else None
         self._wait(None)
         try:
             await self._dismiss()
-            resumed = last_seq is not None
-            self._reading.heard_already = self._intake.beyond(self._answered_ms) if resumed else 0
-            standing = Standing(
-                self._idle_s, self.token, resumed, self._answered_ms if resumed else 0, self._intake.taken_ms
-            )
             assert self._live is not None  # noqa: S101 — `opened` was awaited
+            from_ms = 0 if resume is None else self._rewound(resume)
+            if self._keeper is not None and self.token is not None:
+                await self._keeper.move(self.token, self._intake.taken_ms)
+            accepted_ms = max(self._intake.taken_ms, self._live.lease.settled_ms)
+            standing = Standing(self._idle_s, self.token, resume is not None, from_ms, accepted_ms)
+            last_seq = None if resume is None else resume.last_seq
             await self._record.attach(frames, self._codec.ready(self._live, self._setup, standing), last_seq)
         except BaseException:
             self._lose(purpose=False)
@@ -158,22 +183,86 @@ class Session:
     # --- its life ---
 
     async def _recognise(self, door: Door) -> Live:
-        setup = self._setup
+        from_ms = self._answered_ms
         try:
-            async with door.stream(
-                self._caller, setup.demand, setup.options, self._audio(), hang_up=self._intake.end
-            ) as live:
+            async with self._admitted(door) as live, self._kept(live):
                 structlog.contextvars.bind_contextvars(session_id=str(live.session_id))
                 self._live = live
-                self._longest_ms = live.policy.body.max_stream_ms
+                self._longest_ms = max(0, live.policy.body.max_stream_ms - from_ms)
                 self._reading.until = self._loop.time() + self._longest_ms / 1000
                 self._decided.set()
                 await self._pass_on(live)
                 if self._ending is not None:
                     raise self._ending
         finally:
-            STREAM_SECONDS.labels(self._codec.name).inc(self._intake.taken_ms / 1000)
+            STREAM_SECONDS.labels(self._codec.name).inc((self._intake.taken_ms - from_ms) / 1000)
         return live
+
+    def _admitted(self, door: Door) -> AbstractAsyncContextManager[Live]:
+        setup, hang_up = self._setup, self._intake.end
+        if self._legacy is None:
+            return door.stream(
+                self._caller, setup.demand, setup.options, self._audio(), hang_up=hang_up, outlives=self._outlives
+            )
+        return door.resumed(
+            self._caller,
+            self._legacy.continuation(),
+            setup.options,
+            self._audio(),
+            hang_up=hang_up,
+            outlives=self._outlives,
+        )
+
+    @asynccontextmanager
+    async def _kept(self, live: Live) -> AsyncIterator[None]:
+        """What a successor needs is kept meanwhile, and forgotten when there can be none. Where no transcript may be
+        kept, neither is this."""
+        if not self._resume_s or not live.policy.body.keep_transcripts:
+            yield
+            return
+        self._keeper = keeper = Keeper.of(
+            self._coordination, live.lease, self._codec.opening(), self._legacy, window_s=self._resume_s
+        )
+        watch = asyncio.create_task(self._watch(keeper, live))
+        try:
+            yield
+        except BaseException as ending:
+            if not self._outlives(ending):
+                self._keeper = None
+                await keeper.close()
+            raise
+        else:
+            self._keeper = None
+            await keeper.close()
+        finally:
+            watch.cancel()
+
+    async def _watch(self, keeper: Keeper, live: Live) -> None:
+        try:
+            await keeper.watch(live.lease.check)
+        except TakenOver as error:  # nobody hears us any more
+            self._end(error)
+            if self._deadline is not None:
+                self._deadline.reschedule(self._loop.time())
+
+    def _outlives(self, ending: BaseException) -> bool:
+        """Whether another process may go on with what this has ended: a deploy, or our own fault."""
+        if self._keeper is None or self._keeper.away:
+            return False
+        if isinstance(ending, Exception) and not isinstance(ending, Restarting):
+            return close_code(known(ending)) == OUR_FAULT
+        return self._keeper.shared
+
+    def _rewound(self, resume: Resume) -> int:
+        """From where audio is heard again: what the recogniser has of it is passed over."""
+        contained = self._setup.wire.contained
+        received_ms = self._intake.taken_ms if contained else self._intake.received_ms
+        from_ms = min(max(self._answered_ms, resume.from_ms or 0), received_ms)
+        if contained:
+            self._intake.begin_anew(from_ms)
+        else:
+            self._reading.heard_already = self._intake.beyond(from_ms)
+        return from_ms
 
     async def _dismiss(self) -> None:
         """The socket before, if any, is told and read no further: nothing of it can come any more."""
@@ -289,20 +378,37 @@ class Session:
         try:
             async with asyncio.timeout(DRAIN_S if self._ended else None) as self._deadline:
                 async for event in live.events:
+                    if self._is_cut_off(event):
+                        continue
                     self._note(event)
-                    message = self._codec.event(event)
-                    if message is not None:
-                        await self._send(message)
+                    await self._pass(event)
         except TimeoutError:
-            raise BackendTimeout from None
+            raise (self._ending if isinstance(self._ending, TakenOver) else None) or BackendTimeout() from None
         except Exception as exc:  # noqa: BLE001 — inside the door it must be one of ours, which it records
             raise admitted(exc) from None
         finally:
             self._ended, self._deadline = True, None
 
-    async def _send(self, message: Message, *, again: Message | None = None) -> None:
+    async def _pass(self, event: Event) -> None:
+        message = self._codec.event(event)
+        if message is None:
+            return
+        before = None
+        if self._keeper is not None:
+            before = partial(self._keeper.note, event, message, self._intake.taken_ms)
+        await self._send(message, before=before)
+
+    def _is_cut_off(self, event: Event) -> bool:
+        """An utterance that ended only because we leave. Whoever goes on with the session hears it whole, so the client
+        hears nothing of it from us; its text is in the session's row, should nobody go on."""
+        if not isinstance(event, Final) or not isinstance(self._ending, Restarting) or not self._outlives(self._ending):
+            return False
+        after_ms = self._intake.taken_ms - event.end_ms
+        return after_ms < self._setup.options.vad.silence_ms - to_ms(TAIL - FRAME)
+
+    async def _send(self, message: Message, *, again: Message | None = None, before: Before | None = None) -> None:
         try:
-            await self._record.say(message, again=again)
+            await self._record.say(message, again=again, before=before)
         except StenogateError as error:  # it does not read: the record is finished without it
             self._end(error)
 

@@ -452,6 +452,9 @@ async def test_our_own_fault_is_told_without_a_word_of_it(
             ready = await talk.until("ready")
             await talk.speak(samples.tobytes())
             assert await talk.end() == (1011, "INTERNAL")
+        async with asyncio.timeout(30):  # it could be resumed
+            while not await reap(broken.gateway.resources.database, 0):  # noqa: ASYNC110  as the chores do
+                await asyncio.sleep(0.05)
         row = await row_of(broken, tenant, ready["session_id"])
     assert (talk.events[-1]["code"], talk.events[-1]["fatal"]) == ("INTERNAL", True)
     assert (row.status, row.code) == ("interrupted", "INTERNAL")
