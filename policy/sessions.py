@@ -216,8 +216,8 @@ _COVER = text("""
 """)
 _TOUCH = text("update sessions set seen_at = now() where tenant_id = :tenant and id = :id and status = 'open'")
 _NOTE = text("""
-    update sessions set language = coalesce(:language, language), utterances = :utterances, words = :words, text = :text,
-        code = :code
+    update sessions
+    set language = coalesce(:language, language), utterances = :utterances, words = :words, text = :text, code = :code
     where tenant_id = :tenant and id = :id and status = 'open' and turn = :turn
 """)
 _TAKE_OVER = text("""
@@ -226,7 +226,8 @@ _TAKE_OVER = text("""
 """)
 _CLOSE = text("""
     update sessions
-    set status = :status, code = coalesce(:code, code), engine = coalesce(:engine, engine), language = coalesce(:language, language),
+    set status = :status, code = coalesce(:code, code),
+        engine = coalesce(:engine, engine), language = coalesce(:language, language),
         utterances = coalesce(:utterances, utterances), words = coalesce(:words, words), text = coalesce(:text, text),
         seen_at = now(), ended_at = now()
     where tenant_id = :tenant and id = :id and status = 'open' and (cast(:turn as int) is null or turn = :turn)

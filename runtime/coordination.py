@@ -60,8 +60,9 @@ class Coordination(Protocol):
         """Whether other processes see it, and see it when this one has ended."""
         ...
 
-    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float) -> None:
-        """In one step keeps `value` under `key`, appends to the list `log`, and lets both live for `ttl_s`."""
+    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float, *, anew: bool) -> bool:
+        """In one step keeps `value` under `key`, appends to the list `log`, and lets both live for `ttl_s`. False, if
+        not `anew`: somebody has forgotten the key, and it stays so."""
         ...
 
     async def kept(self, key: str) -> str | None:
@@ -129,7 +130,9 @@ class InProcess:
         self._arrivals[key] = arrival
         return 0.0
 
-    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float) -> None:
+    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float, *, anew: bool) -> bool:
+        if not anew and self._alive(key) is None:
+            return False
         self._keeps += 1
         if self._keeps % SWEEP_EVERY == 0:
             self._kept = {name: found for name, found in self._kept.items() if found[1] > self._clock()}
@@ -139,6 +142,7 @@ class InProcess:
         kept = kept if isinstance(kept, list) else []
         kept.extend(entries)
         self._kept[log] = kept, until
+        return True
 
     async def kept(self, key: str) -> str | None:
         found = self._alive(key)
@@ -236,14 +240,15 @@ class RedisCoordination:
     def shared(self) -> bool:
         return True
 
-    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float) -> None:
+    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float, *, anew: bool) -> bool:
         ttl_ms = math.ceil(ttl_s * 1000)
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(_state(key), value, px=ttl_ms)
+            pipe.set(_state(key), value, px=ttl_ms, xx=not anew)
             if entries:
                 pipe.rpush(_state(log), *entries)
             pipe.pexpire(_state(log), ttl_ms)
-            await _answer(pipe.execute())
+            found, *_ = await _answer(pipe.execute())
+        return bool(found)
 
     async def kept(self, key: str) -> str | None:
         found: bytes | None = await _answer(self._redis.get(_state(key)))

@@ -169,6 +169,7 @@ class Keeper:
         self._former: tuple[str, ...] = ()
         self._entries: list[str] = []
         self._written = 0
+        self._doubt = asyncio.Event()  # whether the session is still ours
 
     @property
     def shared(self) -> bool:
@@ -199,7 +200,7 @@ class Keeper:
         """From now on it is found by another token, and not by the one before."""
         former, self._key = self._key, _key(self._tenant_id, token)
         self._former += () if former is None else (former,)
-        await self._save(replace(self._head, accepted_ms=accepted_ms))
+        await self._save(replace(self._head, accepted_ms=accepted_ms), anew=True)
         if self._former and not self.away:
             await self._forget(*self._former)
             self._former = ()
@@ -217,13 +218,16 @@ class Keeper:
         """Renews it until cancelled. When it is gone, somebody else may have taken the session over, which `check`
         raises; else it is written anew."""
         while True:
-            await asyncio.sleep(self._interval_s)
-            with suppress(CoordinationUnavailable, LedgerUnavailable):
-                if self._key is None or (not self.away and await self._renewed(self._key)):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._doubt.wait(), self._interval_s)
+            with suppress(CoordinationUnavailable):
+                if self._key is None or await self._is_there(self._key):
                     continue
+            with suppress(LedgerUnavailable):
                 await check()
                 self._written = 0
-                await self._save(self._head)
+                await self._save(self._head, anew=True)
+            self._doubt.clear()
 
     async def leave(self, accepted_ms: int) -> None:
         """This process is done with the session: from now on the window counts."""
@@ -234,10 +238,12 @@ class Keeper:
         if self._key is not None:
             await self._forget(self._key, self._log)
 
-    async def _renewed(self, key: str) -> bool:
+    async def _is_there(self, key: str) -> bool:
+        if self.away or self._doubt.is_set():
+            return False
         return await self._coordination.renew(key, self._log, self._ttl_s)
 
-    async def _save(self, head: Head) -> None:
+    async def _save(self, head: Head, *, anew: bool = False) -> None:
         self._head = head
         if self._key is None:
             return
@@ -246,13 +252,15 @@ class Keeper:
         value = json.dumps(asdict(head), ensure_ascii=False, separators=(",", ":"))
         try:
             async with asyncio.timeout(WRITE_S):
-                await self._coordination.keep(self._key, value, self._log, fresh, self._ttl_s)
+                ours = await self._coordination.keep(self._key, value, self._log, fresh, self._ttl_s, anew=anew)
         except (CoordinationUnavailable, TimeoutError):
             if not self.away:
                 log.warning("stream.not_kept", session_id=head.session)
             self.away = True
         else:
             self.away, self._written = False, upto
+            if not ours:
+                self._doubt.set()
 
     async def _forget(self, *keys: str) -> None:
         with suppress(CoordinationUnavailable):  # it is forgotten by itself

@@ -23,7 +23,6 @@ from websockets.asyncio.client import connect
 
 from dispatchers.audio.decode import load
 from dispatchers.interface import Samples, to_ms
-from policy.admission import reap
 from runtime.database import Database
 from runtime.ids import read
 from runtime.postgres import embedded_postgres
@@ -64,9 +63,7 @@ class Installation:
             process.wait()
 
     def database(self) -> Database:
-        return Database(
-            self.settings["STENOGATE_DATABASE_URL"], self.settings["STENOGATE_SYSTEM_DATABASE_URL"], pool=2
-        )
+        return Database(self.settings["STENOGATE_DATABASE_URL"], self.settings["STENOGATE_SYSTEM_DATABASE_URL"], pool=2)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from dispatchers.interface import Heard, Options, Samples, Transcript, ignore, t
 from gateway.live.intake import AHEAD_MS
 from gateway.live.seats import SEATS
 from policy import tenants
+from policy.admission import reap
 from policy.tenants import Tenant
 from runtime.ids import read
 from runtime.settings import Settings
