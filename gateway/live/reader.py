@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Never
 
 from dispatchers.interface import Clear, Flush
 from gateway.live.codec import Codec, Metrics, Ping, Stop, Unknown
 from gateway.live.frames import Frames, Idle, SessionTooLong, UnknownMessage
-from gateway.live.intake import Intake, Received
-from gateway.live.latency import Latency
-from gateway.live.record import Record
+from gateway.live.hearing import Hearing
+from gateway.live.intake import Received
 from policy.errors import Invalid
 from runtime.errors import StenogateError
 
 
 class Reader:
-    """Reads one socket after another for one session. `until` is when that has lasted its longest, on the loop's clock;
-    `stop` is called when there will be no more audio."""
+    """Reads one socket after another for one session."""
 
-    def __init__(
-        self,
-        codec: Codec,
-        intake: Intake,
-        record: Record,
-        latency: Latency,
-        *,
-        idle_s: float,
-        stop: Callable[[], None],
-    ):
-        self.until = 0.0
+    def __init__(self, codec: Codec, hearing: Hearing, *, idle_s: float):
         self.heard_already = 0  # bytes that a resumed client sends again
         self._codec = codec
-        self._intake = intake
-        self._record = record
-        self._latency = latency
+        self._hearing = hearing
+        self._intake = hearing.intake
+        self._record = hearing.record
+        self._latency = hearing.latency
         self._idle_s = idle_s
-        self._stop = stop
         self._stopped = False
         self._loop = asyncio.get_running_loop()
 
@@ -47,7 +34,7 @@ class Reader:
             await self._take(await self._next(frames))
 
     async def _next(self, frames: Frames) -> str | bytes:
-        left = max(0.0, self.until - self._loop.time())
+        left = max(0.0, self._hearing.until - self._loop.time())
         try:
             return await frames.receive(None if self._stopped else min(self._idle_s, left))
         except Idle:
@@ -62,7 +49,7 @@ class Reader:
                 await self._put(command)
             case Stop():
                 self._stopped = True
-                self._stop()
+                self._hearing.end(None)
             case Ping() as ping:
                 await self._record.say(self._codec.pong(ping, self._intake.taken_ms))
             case Metrics():

@@ -11,11 +11,12 @@ import structlog
 from dispatchers.dispatch import Door
 from gateway.errors import close_code
 from gateway.live.codec import Codec, Resume, Setup
+from gateway.live.endings import GOING_AWAY, admitted, reason_of
 from gateway.live.frames import Frames, Gone, NotReading, ResumeFailed
 from gateway.live.legacy import Legacy, left_behind
 from gateway.live.record import wire
 from gateway.live.roster import Roster
-from gateway.live.session import GOING_AWAY, Session, admitted, reason_of
+from gateway.live.session import Session
 from policy.errors import Conflict, Invalid, NotFound
 from policy.identity import Caller
 from runtime.coordination import Coordination

@@ -23,6 +23,7 @@ from websockets.asyncio.client import connect
 
 from dispatchers.audio.decode import load
 from dispatchers.interface import Samples, to_ms
+from policy.admission import reap
 from runtime.database import Database
 from runtime.ids import read
 from runtime.postgres import embedded_postgres
@@ -221,3 +222,29 @@ async def test_a_session_goes_on_in_another_gateway(
     assert row.text == " ".join(texts(every))
     for log in (first.log, second.log):
         assert expected[0] not in log.read_text()
+
+
+async def test_a_killed_gateway_leaves_text_and_bill_to_the_chores(
+    installation: Installation, speech: Samples, tmp_path: Path
+) -> None:
+    with installation.gateway(tmp_path / "a") as gateway:
+        async with gateway.talking() as talk:
+            await talk.say("start")
+            await talk.until("ready")
+            await spoken(talk, speech, 0, 20 * 16_000)
+            used = await talk.until("usage")
+            killed(gateway)
+            await talk.end()
+    session_id = talk.events[0]["session_id"]
+    left = await row_of(installation, session_id)
+    assert left.status == "open"
+    database = installation.database()
+    try:
+        assert await reap(database, 0) >= 1
+    finally:
+        await database.aclose()
+    row = await row_of(installation, session_id)
+    assert (row.status, row.open_holds) == ("interrupted", 0)
+    assert row.ledger_ms == row.accepted_ms == row.billed_ms >= used["billed_ms"]
+    assert row.text
+    assert " ".join(texts(talk.events)).startswith(row.text)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import redis.asyncio
 from pydantic import SecretStr
 from sqlalchemy import text
 
@@ -210,6 +211,32 @@ async def test_nobody_comes_and_the_account_is_closed(pair: tuple[Served, Served
     assert (row.status, row.code, row.text, row.utterances) == ("interrupted", "RESTARTING", said, 1)
     assert (row.ledger_ms, row.open_holds) == (to_ms(len(samples)), 0)
     await failed(first, token, talk.events)
+
+
+async def test_a_store_that_forgot_everything_is_told_again(pair: tuple[Served, Served], redis_url: str) -> None:
+    first, second = pair
+    samples, said = clip("clip05.wav")
+    token = first.token(await first.tenant())
+    async with talking(first, token) as one, talking(second, token) as two:
+        await one.say("start")
+        await one.until("ready")
+        await spoken(one, samples, 0, len(samples))
+        await one.say("flush")
+        await one.until("flushed")
+        async with redis.asyncio.from_url(redis_url) as store:
+            await store.flushall()
+            async with asyncio.timeout(30):
+                while not await store.keys("stenogate:state:*"):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+        one.socket.transport.abort()
+        await one.end()
+        known = one.events[:1]
+        await asked(two, known)
+        await two.until("ready")
+        await two.say("stop")
+        assert await two.end() == (1000, "")
+    assert two.text == said
+    assert_well_formed(known + heard(two))
 
 
 class Breaking(Scripted):

@@ -467,7 +467,7 @@ async def test_our_own_fault_is_told_without_a_word_of_it(
 async def test_a_recogniser_that_never_answers_holds_nobody(
     settings: Settings, vad: SileroVad, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.live.session.DRAIN_S", 0.5)
+    monkeypatch.setattr("gateway.live.hearing.DRAIN_S", 0.5)
     samples, _ = clip("clip05.wav")
     async with serving(settings, recogniser=Segmenting(Scripted(delay_s=600), vad)) as stuck:
         async with talking(stuck, stuck.token(await stuck.tenant())) as talk:
