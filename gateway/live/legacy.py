@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -90,7 +90,7 @@ class Entry:
                 return cls(seq, message)
 
     def written(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":"))
+        return _json([self.seq, self.message, self.text, self.language, self.lost_ms])
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +249,7 @@ class Keeper:
             return
         upto = len(self._entries)
         fresh = self._entries[self._written : upto]
-        value = json.dumps(asdict(head), ensure_ascii=False, separators=(",", ":"))
+        value = _json({name: getattr(head, name) for name in Head.__slots__})
         try:
             async with asyncio.timeout(WRITE_S):
                 ours = await self._coordination.keep(self._key, value, self._log, fresh, self._ttl_s, anew=anew)
@@ -275,6 +275,10 @@ def _log(head: Head) -> str:
     return f"live:{head.session}:{head.turn}"
 
 
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def _head(written: str) -> Head:
     fields = json.loads(written)
     unfinished = tuple((utterance, start_ms) for utterance, start_ms in fields.pop("unfinished"))
@@ -282,4 +286,4 @@ def _head(written: str) -> Head:
 
 
 def _entry(written: str) -> Entry:
-    return Entry(**json.loads(written))
+    return Entry(*json.loads(written))

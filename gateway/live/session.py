@@ -1,10 +1,9 @@
-"""One live session: the door on one side, on the other whichever socket is attached to it.
+"""One live session: its hearing on one side, on the other whichever socket is attached to it.
 
 The session is a task of its own, which passes events on. Each socket has a reader, which never waits for recognition,
 except where 30 s of audio wait already; then it does not read on, which the sender feels as back-pressure. (The
 server's own keep-alive must then not count missing pongs: they stand behind the audio.) A socket that is lost leaves
-the session waiting for another; whatever ends the session ends its input only: what was heard is still transcribed,
-told and settled, within a deadline; then comes the reason.
+the session waiting for another.
 """
 
 from __future__ import annotations
