@@ -310,3 +310,37 @@ async def test_a_container_is_resumed_with_a_new_header(pair: tuple[Served, Serv
     said = [event["text"] for event in events if event["type"] == "final" and event["text"]]
     assert said == [event["text"] for event in whole.all("final") if event["text"]]
     assert two.events[-1]["billed_ms"] == two.events[-1]["accepted_ms"] == to_ms(len(samples))
+
+
+async def test_it_goes_back_and_forth(pair: tuple[Served, Served]) -> None:
+    samples = load(SAMPLES / "long.wav")[: 32 * 16_000]
+    tenant = await pair[0].tenant()
+    token = pair[0].token(tenant)
+    events: list[Event] = []
+    every: list[Event] = []
+    for hop in range(4):
+        until = len(samples) * (hop + 1) // 4 + (777 if hop < 3 else 0)
+        async with talking(pair[hop % 2], token) as talk:
+            await (asked(talk, every) if hop else talk.say("start"))
+            ready = await talk.until("ready")
+            await spoken(talk, samples, ready["resend_from_ms"], min(until, len(samples)))
+            if hop == 3:
+                await talk.say("stop")
+                assert await talk.end() == (1000, "")
+            else:
+                await talk.until("speech_started")
+                talk.socket.transport.abort()
+                await talk.end()
+        every += talk.events
+        events += heard(talk)
+    async with talking(pair[0], token) as whole:
+        await whole.say("start")
+        await whole.speak(samples.tobytes())
+        await whole.say("stop")
+        await whole.end()
+    assert_well_formed(events)
+    said = [event["text"] for event in events if event["type"] == "final" and event["text"]]
+    assert said == [event["text"] for event in whole.all("final") if event["text"]]
+    row = await row_of(pair[0], tenant, events[0]["session_id"])
+    assert (row.status, row.turn, row.ledger_ms, row.open_holds) == ("completed", 3, to_ms(len(samples)), 0)
+    assert row.text == " ".join(said)
