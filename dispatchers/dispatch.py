@@ -7,39 +7,35 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from dispatchers.errors import BackendUnavailable, DispatchError
 from dispatchers.interface import (
+    SAMPLES_PER_MS,
     Dispatcher,
-    Event,
-    Final,
-    Gap,
     Heard,
     Options,
-    Origin,
     Samples,
     Segment,
     StreamInput,
     Transcript,
-    Used,
     VadOptions,
     ignore,
     to_ms,
 )
+from dispatchers.later import continued
 from dispatchers.meter import Meter
 from dispatchers.recorder import Recorder
+from dispatchers.streaming import Continuation, Live, Outlives, Summary, merged, stream_outcome
 from policy.admission import Admission, Lease, Outcome
 from policy.endpointing import settle
+from policy.errors import TakenOver
 from policy.identity import Authenticator, Caller
 from policy.policies import Policy, PolicyBody, current
 from policy.resolve import Candidate, Decision, Demand, Offer, resolve
 from runtime.database import Database, Transaction
-from runtime.errors import StenogateError
-
-EVENTS_BUFFERED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,50 +46,6 @@ class Result:
     transcript: Transcript
     candidate: Candidate
     billed_ms: int
-
-
-@dataclass(slots=True)
-class Summary:
-    """What a live stream came to so far. `coverage`: the share of accepted audio, of all channels, not lost to gaps."""
-
-    channels: int = 1
-    accepted_ms: int = 0
-    billed_ms: int = 0
-    utterances: int = 0
-    words: int = 0
-    gap_ms: int = 0
-    language: str | None = None
-    texts: list[str] = field(default_factory=list)
-
-    @property
-    def coverage(self) -> float:
-        return 1.0 if self.accepted_ms == 0 else max(0.0, 1.0 - self.gap_ms / (self.channels * self.accepted_ms))
-
-    def note(self, event: Event) -> None:
-        match event:
-            case Final(text=text, language=language) if text:
-                self.utterances += 1
-                self.words += len(text.split())
-                self.language = language
-                self.texts.append(text)
-            case Gap(start_ms=start, end_ms=end):
-                self.gap_ms += end - start
-            case Used(accepted_ms=accepted, billed_ms=billed):
-                self.accepted_ms, self.billed_ms = accepted, billed
-            case _:
-                pass
-
-
-@dataclass(frozen=True, slots=True)
-class Live:
-    """An open live stream. `summary` is complete once the door's context has been left."""
-
-    session_id: UUID
-    candidate: Candidate
-    origin: Origin
-    policy: Policy
-    events: AsyncIterator[Event]
-    summary: Summary
 
 
 class Door:
@@ -202,47 +154,103 @@ class Door:
         audio: AsyncIterator[StreamInput],
         *,
         hang_up: Callable[[], None],
+        outlives: Outlives = lambda _: False,
     ) -> AsyncIterator[Live]:
         """A live stream. The end of `audio` drains it; what was accepted is settled whatever happens inside. `hang_up`
         ends `audio` from this side, when the caller may not go on.
 
         Raises, from the event iterator and after the last final, the reason that ended the stream early
-        (`BudgetExhausted`, `TenantSuspended`, `TokenExpired` …).
+        (`BudgetExhausted`, `TenantSuspended`, `TokenExpired`, `TakenOver` …).
         """
         policy, decision = await self.explain(caller, demand)
         async with self._admission.admit(caller, demand, policy, decision) as lease:
-            candidate = lease.decision.candidates[0]
-            dispatcher = self._backends[candidate.backend]
-            meter = Meter(lease, candidate, recheck=lambda: self._authenticator.recheck(caller), hang_up=hang_up)
-            summary = Summary(channels=options.channels)
-            pinned = self._pinned(_bounded(options, demand, policy.body), candidate, lease.tenant_id)
-            ending: BaseException | None = None
-            try:
-                async with (
-                    self._taped(lease, policy, meter.audio(audio)) as metered,
-                    dispatcher.stream(metered, pinned) as events,
-                    _merged(events, meter, summary) as merged,
-                ):
-                    origin = dispatcher.origin(candidate.model)
-                    yield Live(lease.session_id, candidate, origin, policy, merged, summary)
-            except BaseException as error:
-                ending = error
-                raise
-            finally:
-                outcome = _stream_outcome(summary, ending, keep_text=policy.body.keep_transcripts)
-                receipt = await asyncio.shield(meter.finish(outcome))
+            bounded = _bounded(options, demand, policy.body)
+            start = Continuation(lease.session_id, lease.turn, 0, 0, Summary(channels=options.channels))
+            async with self._streaming(
+                lease, start, caller, bounded, audio, hang_up=hang_up, outlives=outlives
+            ) as live:
+                yield live
+
+    @asynccontextmanager
+    async def resumed(
+        self,
+        caller: Caller,
+        where: Continuation,
+        demand: Demand,
+        options: Options,
+        audio: AsyncIterator[StreamInput],
+        *,
+        hang_up: Callable[[], None],
+        outlives: Outlives = lambda _: False,
+    ) -> AsyncIterator[Live]:
+        """The same for one that another process has left, or is now made to leave."""
+        async with self._admission.resumed(caller, where.session_id, where.turn) as lease:
+            bounded = _bounded(options, demand, lease.policy.body)
+            async with self._streaming(
+                lease, where, caller, bounded, audio, hang_up=hang_up, outlives=outlives
+            ) as live:
+                yield live
+
+    @asynccontextmanager
+    async def _streaming(
+        self,
+        lease: Lease,
+        where: Continuation,
+        caller: Caller,
+        options: Options,
+        audio: AsyncIterator[StreamInput],
+        *,
+        hang_up: Callable[[], None],
+        outlives: Outlives,
+    ) -> AsyncIterator[Live]:
+        candidate, summary, keep_text = lease.decision.candidates[0], where.summary, lease.policy.body.keep_transcripts
+        dispatcher = self._plugged(candidate.backend)
+        meter = Meter(
+            lease,
+            candidate,
+            recheck=lambda: self._authenticator.recheck(caller),
+            hang_up=hang_up,
+            progress=lambda: summary.progress(keep_text=keep_text),
+            from_ms=where.from_ms,
+        )
+        pinned = self._pinned(options, candidate, lease.tenant_id)
+        ending: BaseException | None = None
+        try:
+            async with (
+                self._taped(lease, meter.audio(audio), where.from_ms) as metered,
+                dispatcher.stream(metered, pinned) as heard,
+                merged(continued(heard, where.from_ms, where.announced), meter, summary) as events,
+            ):
+                origin = dispatcher.origin(candidate.model)
+                yield Live(candidate, origin, pinned, events, summary, lease)
+        except BaseException as error:
+            ending = error
+            raise
+        finally:
+            outcome = stream_outcome(summary, ending, keep_text=keep_text)
+            if left := ending is not None and outlives(ending):
+                lease.detach()
+            with suppress(TakenOver):  # then nothing of it is ours to settle any more
+                receipt = await asyncio.shield(meter.leave(outcome.code) if left else meter.finish(outcome))
                 summary.accepted_ms, summary.billed_ms = receipt.accepted_ms, receipt.billed_ms
 
     @asynccontextmanager
     async def _taped(
-        self, lease: Lease, policy: Policy, audio: AsyncIterator[StreamInput]
+        self, lease: Lease, audio: AsyncIterator[StreamInput], from_ms: int
     ) -> AsyncIterator[AsyncIterator[StreamInput]]:
         """The audio, kept as it passes to the recogniser where the policy says so."""
         if self._recorder is None:
             yield audio
             return
-        with self._recorder.taping(lease.tenant_id, lease.session_id, policy.body) as taped:
+        start = from_ms * SAMPLES_PER_MS
+        with self._recorder.taping(lease.tenant_id, lease.session_id, lease.policy.body, start=start) as taped:
             yield taped(audio)
+
+    def _plugged(self, backend: str) -> Dispatcher:
+        """Raises `BackendUnavailable` where another process had what this one has not."""
+        if backend not in self._backends:
+            raise BackendUnavailable
+        return self._backends[backend]
 
     def _pinned(self, options: Options, candidate: Candidate, tenant_id: UUID) -> Options:
         return replace(options, model=candidate.model, share=tenant_id.hex)
@@ -267,48 +275,4 @@ def outcome_of(transcript: Transcript, *, keep_text: bool) -> Outcome:
         utterances=len(transcript.segments),
         words=len(transcript.text.split()),
         text=transcript.text if keep_text else None,
-    )
-
-
-@asynccontextmanager
-async def _merged(events: AsyncIterator[Event], meter: Meter, summary: Summary) -> AsyncIterator[AsyncIterator[Event]]:
-    """The dispatcher's events and the meter's in one iterator, which ends by raising what ended the stream, if any."""
-    queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue(EVENTS_BUFFERED)
-
-    async def pump() -> None:
-        async for event in events:
-            await queue.put(event)
-        await queue.put(meter.ended_by)
-
-    async def guarded(work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001 — not swallowed: the consumer of the events raises it
-            await queue.put(error)
-
-    async def iterate() -> AsyncIterator[Event]:
-        while (item := await queue.get()) is not None:
-            if isinstance(item, Exception):
-                raise item
-            summary.note(item)
-            yield item
-
-    tasks = [asyncio.create_task(guarded(work)) for work in (pump, lambda: meter.run(queue.put))]
-    try:
-        yield iterate()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _stream_outcome(summary: Summary, ending: BaseException | None, *, keep_text: bool) -> Outcome:
-    return Outcome(
-        status="completed" if ending is None else "interrupted",
-        code=ending.code if isinstance(ending, StenogateError) else None,
-        engine=None,
-        language=summary.language,
-        utterances=summary.utterances,
-        words=summary.words,
-        text=" ".join(summary.texts) if keep_text else None,
     )

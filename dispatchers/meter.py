@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 
@@ -16,6 +17,8 @@ from dispatchers.interface import SAMPLES_PER_MS, Pcm, StreamInput, Used, to_ms
 from policy.admission import Lease, Outcome, Receipt
 from policy.errors import BudgetExhausted, LedgerUnavailable, PolicyError, TenantSuspended
 from policy.resolve import Candidate
+from policy.sessions import Progress
+from runtime.database import Transaction
 
 log = structlog.get_logger()
 
@@ -30,6 +33,7 @@ class Meter:
 
     `recheck` is awaited at every block and raises when the caller may no longer go on (token expired or revoked,
     tenant suspended). `hang_up` is then called, and must end the source: its next audio may be long in coming.
+    `progress` is what the stream came to so far, noted with every block. `from_ms`: what came before is not heard here.
     """
 
     def __init__(
@@ -39,14 +43,18 @@ class Meter:
         *,
         recheck: Callable[[], Awaitable[None]],
         hang_up: Callable[[], None],
+        progress: Callable[[], Progress],
+        from_ms: int = 0,
     ):
-        self.accepted_samples = 0
+        self.accepted_samples = from_ms * SAMPLES_PER_MS
         self.billed_ms = 0
         self.ended_by: PolicyError | None = None
+        self._left: str | None = None
         self._lease = lease
         self._candidate = candidate
         self._recheck = recheck
         self._hang_up = hang_up
+        self._progress = progress
         self._moved = asyncio.Event()
         self._covered = asyncio.Event()
 
@@ -85,11 +93,20 @@ class Meter:
                 self._end(refusal)
 
     async def finish(self, outcome: Outcome) -> Receipt:
-        """Settles the rest and closes the session; keeps trying while the database is away."""
+        """Settles the rest and closes the session; keeps trying while the database is away. Raises `TakenOver` when
+        somebody else goes on with it."""
+        return await self._settle_all(outcome)
+
+    async def leave(self, code: str | None) -> Receipt:
+        """The same, and leaves the session open to whoever takes it up, with a note why."""
+        self._left = code
+        return await self._settle_all(None)
+
+    async def _settle_all(self, outcome: Outcome | None) -> Receipt:
         deadline = asyncio.get_running_loop().time() + COVER_TIMEOUT_S
         while True:
             try:
-                return await self._lease.settle(self.accepted_ms, self._candidate, outcome=outcome)
+                return await self._lease.settle(self.accepted_ms, self._candidate, outcome=outcome, extra=self._note)
             except LedgerUnavailable:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
@@ -99,7 +116,7 @@ class Meter:
         lease = self._lease
         if self.accepted_ms - lease.settled_ms >= BLOCK_MS:
             await self._recheck()
-            receipt = await lease.settle(self.accepted_ms, self._candidate)
+            receipt = await lease.settle(self.accepted_ms, self._candidate, extra=self._note)
             self.billed_ms = receipt.billed_ms
             if not receipt.tenant_active:
                 raise TenantSuspended
@@ -107,6 +124,9 @@ class Meter:
         if lease.held_ms - self.accepted_ms <= BLOCK_MS:
             await lease.extend(self.accepted_ms + AHEAD_MS)
         self._covered.set()
+
+    async def _note(self, tx: Transaction) -> None:
+        await self._lease.note(tx, replace(self._progress(), code=self._left))
 
     def _end(self, refusal: PolicyError) -> None:
         self.ended_by = refusal

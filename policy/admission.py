@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from policy import budget, policies, quota, sessions, tenants
-from policy.errors import Conflict, NoPrice, PolicyError, TenantSuspended
+from policy.errors import Conflict, NoPrice, PolicyError, TakenOver, TenantSuspended
 from policy.identity import Caller
 from policy.lease import Extra, Lease, Receipt, hold_until
 from policy.outage import ledger_reachable
@@ -59,16 +59,28 @@ class Admission:
             self._coordination, caller.tenant_id, session_id, demand.kind, policy.body, seats=demand.channels
         ):
             lease = await self._open(session_id, caller, demand, policy, decision)
-            alive = asyncio.create_task(self._keep_alive(lease))
-            try:
+            async with self._kept(lease, demand.kind):
                 yield lease
-            except (Exception, asyncio.CancelledError) as error:
-                await self._leave(lease, _ending(error, demand.kind))
-                raise
-            else:
-                await self._leave(lease, Outcome("failed", code=StenogateError.code))
-            finally:
-                alive.cancel()
+
+    @asynccontextmanager
+    async def resumed(self, caller: Caller, session_id: UUID, turn: int) -> AsyncIterator[Lease]:
+        """A live session of another process, from `turn` on ours: whoever had it before can neither bill nor end it any
+        more. Of several who try this, one succeeds. As with `admit`, a seat while inside, and nothing left open.
+
+        Raises `NotFound`, `TakenOver`, `ConcurrencyLimited`, `CoordinationUnavailable`, `TenantSuspended`, `NoPrice`,
+        `LedgerUnavailable`; nothing has changed then.
+        """
+        async with self.attached(caller.tenant_id, session_id) as former:
+            limits = former.policy.body
+        async with quota.seated(self._coordination, caller.tenant_id, session_id, "stream", limits):
+            with ledger_reachable():
+                async with self._database.tenant(caller.tenant_id) as tx:
+                    if (await tenants.by_id(tx, caller.tenant_id)).status != "active":
+                        raise TenantSuspended
+                    if not await sessions.take_over(tx, caller.tenant_id, session_id, turn):
+                        raise TakenOver
+            async with self.attached(caller.tenant_id, session_id) as lease, self._kept(lease, "stream"):
+                yield lease
 
     @asynccontextmanager
     async def attached(self, tenant_id: UUID, session_id: UUID) -> AsyncIterator[Lease]:
@@ -110,6 +122,19 @@ class Admission:
                 await hold_until(tx, tenant.id, session_id, first_ms, nano_per_hour)
                 session = await sessions.get(tx, tenant.id, session_id)
         return Lease(self._database, session, policy, prices)
+
+    @asynccontextmanager
+    async def _kept(self, lease: Lease, kind: Kind) -> AsyncIterator[None]:
+        alive = asyncio.create_task(self._keep_alive(lease))
+        try:
+            yield
+        except (Exception, asyncio.CancelledError) as error:
+            await self._leave(lease, _ending(error, kind))
+            raise
+        else:
+            await self._leave(lease, Outcome("failed", code=StenogateError.code))
+        finally:
+            alive.cancel()
 
     async def _keep_alive(self, lease: Lease) -> None:
         """A session may go a long time without a settle: a stream that is silent, a file in a queue."""

@@ -16,7 +16,8 @@ PolicyError
 ├── NothingUp             everything that is allowed is down
 ├── LedgerUnavailable     the database cannot be reached, so nothing can be sold
 ├── Conflict              it exists already, or is in a state that forbids this
-│   └── SettingFixed
+│   ├── SettingFixed      it is read once, when a process starts
+│   └── TakenOver         somebody else goes on with the session
 └── Invalid               a value that cannot be accepted
 """
 
@@ -161,6 +162,12 @@ class SettingFixed(Conflict):
     """The setting is read once, when a process starts."""
 
     code = "SETTING_FIXED"
+
+
+class TakenOver(Conflict):
+    """The session was resumed on another connection."""
+
+    code = "SESSION_TAKEN_OVER"
 
 
 class Invalid(PolicyError):

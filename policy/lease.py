@@ -2,6 +2,7 @@
 
 The database is the truth; the object remembers only where this process believes the session stands. A settle whose
 commit went unanswered is therefore recognised at the next one, and a second holder of the same session is refused.
+Where a session changes hands (`Admission.resumed`), its `turn` tells the holders apart: the newer one's word counts.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from policy import budget, metering, sessions, tenants
-from policy.errors import Conflict, NoPrice
+from policy.errors import Conflict, NoPrice, TakenOver
 from policy.metering import Segment
 from policy.outage import ledger_reachable
 from policy.policies import Policy
 from policy.pricing import Price, affordable_ms, cover_nano, most_expensive
 from policy.resolve import Candidate, Decision
-from policy.sessions import Outcome, Session
+from policy.sessions import Outcome, Progress, Session
 from runtime.database import Database, Transaction
 from runtime.telemetry import LEDGER_AUDIO_MS, LEDGER_ROWS, SETTLE_SECONDS
 
@@ -60,14 +61,16 @@ class Lease:
         self._channels = session.channels
         self._hold_price = most_expensive(prices.values()).price_nano_per_hour * session.channels
         self._attempted_ms = session.accepted_ms
+        self.turn = session.turn
 
     async def extend(self, to_ms: int) -> None:
         """Holds money for `[0, to_ms)`. Raises `BudgetExhausted` and leaves what is held, `Conflict` when the session
-        has ended, `LedgerUnavailable`."""
+        has ended, `TakenOver`, `LedgerUnavailable`."""
         if to_ms <= self.held_ms:
             return
         with ledger_reachable():
             async with self._database.tenant(self.tenant_id) as tx:
+                await self._check(tx)
                 held_ms = await hold_until(tx, self.tenant_id, self.session_id, to_ms, self._hold_price)
         self.held_ms = max(self.held_ms, held_ms)
 
@@ -77,14 +80,14 @@ class Lease:
         """Bills `[settled_ms, to_ms)` to the candidate, and with an outcome ends the session and gives back what is
         still held: in one transaction, in which `extra` runs first. What is billed already costs nothing again.
 
-        Raises `Conflict` when the session has ended or somebody else bills it, `LedgerUnavailable`, and what `extra`
-        raises.
+        Raises `Conflict` when the session has ended or somebody else bills it (`TakenOver`: rightly so),
+        `LedgerUnavailable`, and what `extra` raises.
         """
         known = (self.settled_ms, self._attempted_ms)
         self._attempted_ms = to_ms
         with ledger_reachable(), SETTLE_SECONDS.time():
             async with self._database.tenant(self.tenant_id) as tx:
-                session = await sessions.locked(tx, self.tenant_id, self.session_id)
+                session = await self._check(tx)
                 if not _is_done(session, to_ms, outcome, known):
                     if session.status != "open" or session.accepted_ms not in known:
                         raise Conflict("The session has ended, or somebody else goes on with it.")
@@ -115,6 +118,16 @@ class Lease:
                 await self._close(tx, outcome)
         self.closed = True
 
+    async def check(self) -> None:
+        """Raises `TakenOver` when the session has gone over to somebody else, `LedgerUnavailable`."""
+        with ledger_reachable():
+            async with self._database.tenant(self.tenant_id) as tx:
+                await self._check(tx)
+
+    async def note(self, tx: Transaction, progress: Progress) -> None:
+        """Writes down what the session came to so far."""
+        await sessions.note(tx, self.tenant_id, self.session_id, self.turn, progress)
+
     async def fail(self, code: str) -> None:
         """Ends the session as failed."""
         await self.end(Outcome("failed", code=code))
@@ -122,6 +135,13 @@ class Lease:
     def detach(self) -> None:
         """Leaving the admission then keeps row and hold: whoever attaches goes on."""
         self.detached = True
+
+    async def _check(self, tx: Transaction) -> Session:
+        """The row, locked. Raises `TakenOver`."""
+        session = await sessions.locked(tx, self.tenant_id, self.session_id)
+        if session.turn != self.turn:
+            raise TakenOver
+        return session
 
     async def _bill(self, tx: Transaction, session: Session, to_ms: int, candidate: Candidate) -> None:
         if to_ms <= session.accepted_ms:
@@ -145,7 +165,7 @@ class Lease:
         )
 
     async def _close(self, tx: Transaction, outcome: Outcome) -> None:
-        if await sessions.close_session(tx, self.tenant_id, self.session_id, outcome):
+        if await sessions.close_session(tx, self.tenant_id, self.session_id, outcome, turn=self.turn):
             await budget.release(tx, self.tenant_id, self.session_id)
 
     async def _receipt(self, tx: Transaction, candidate: Candidate) -> Receipt:

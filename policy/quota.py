@@ -30,15 +30,16 @@ async def admitted(
     The seat comes first: a request refused for want of one does not count against the rate. Raises
     `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`.
     """
-    async with _seated(coordination, tenant_id, session_id, kind, limits, seats=seats):
+    async with seated(coordination, tenant_id, session_id, kind, limits, seats=seats):
         await _spend(coordination, tenant_id, limits.requests_per_minute)
         yield
 
 
 @asynccontextmanager
-async def _seated(
+async def seated(
     coordination: Coordination, tenant_id: UUID, session_id: UUID, kind: Kind, limits: PolicyBody, *, seats: int = 1
 ) -> AsyncIterator[None]:
+    """The same for a session that goes on: its beginning was counted already."""
     if kind == "job":
         yield
         return

@@ -26,7 +26,8 @@ MAX_LIMIT = 200
 @dataclass(frozen=True)
 class Session:
     """A session's row. `accepted_ms` is audio taken in and settled, `held_ms` how far money is held: positions on the
-    sample clock, which all `channels` share. `billed_ms` counts every channel."""
+    sample clock, which all `channels` share. `billed_ms` counts every channel. `turn`: how often it went over to
+    another process."""
 
     id: UUID
     tenant_id: UUID
@@ -54,6 +55,7 @@ class Session:
     segments: int
     utterances: int
     words: int
+    turn: int
     text: str | None
 
 
@@ -67,14 +69,25 @@ class Page:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a session ended and what it came to. `text` None: not kept."""
+    """How a session ended and what it came to. None: as it was noted before; a `text` that is not kept never was."""
 
     status: Ending
     engine: str | None = None
     language: str | None = None
-    utterances: int = 0
-    words: int = 0
+    utterances: int | None = None
+    words: int | None = None
     text: str | None = None
+    code: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a session has come to so far. `text` None: not kept. `code`: why its holder left it open, if he did."""
+
+    language: str | None
+    utterances: int
+    words: int
+    text: str | None
     code: str | None = None
 
 
@@ -126,9 +139,22 @@ async def touch(tx: Transaction, tenant_id: UUID, session_id: UUID) -> None:
     await tx.execute(_TOUCH, {"tenant": tenant_id, "id": session_id})
 
 
-async def close_session(tx: Transaction, tenant_id: UUID, session_id: UUID, outcome: Outcome) -> bool:
-    """Ends an open session. False: it was not open, and stays as it is."""
-    row = await tx.execute(_CLOSE, {**vars(outcome), "tenant": tenant_id, "id": session_id})
+async def note(tx: Transaction, tenant_id: UUID, session_id: UUID, turn: int, progress: Progress) -> None:
+    """Writes down what an open session came to, should nobody be there to end it."""
+    await tx.execute(_NOTE, {**vars(progress), "tenant": tenant_id, "id": session_id, "turn": turn})
+
+
+async def take_over(tx: Transaction, tenant_id: UUID, session_id: UUID, turn: int) -> bool:
+    """Makes the next turn of an open session ours. False: it has ended, or its turn is not `turn` any more."""
+    row = await tx.execute(_TAKE_OVER, {"tenant": tenant_id, "id": session_id, "turn": turn})
+    return row.one_or_none() is not None
+
+
+async def close_session(
+    tx: Transaction, tenant_id: UUID, session_id: UUID, outcome: Outcome, *, turn: int | None = None
+) -> bool:
+    """Ends an open session. False: it was not open, or not at this `turn` any more, and stays as it is."""
+    row = await tx.execute(_CLOSE, {**vars(outcome), "tenant": tenant_id, "id": session_id, "turn": turn})
     return row.one_or_none() is not None
 
 
@@ -178,7 +204,7 @@ _COLUMNS = """
     tenant_id, id, kind, status, code, subject, customer,
     cast(metadata as text) as metadata, request_id, policy_version, cast(decision as text) as decision,
     backend, engine, model, language, currency, channels, started_at, seen_at, ended_at,
-    accepted_ms, billed_ms, held_ms, segments, utterances, words
+    accepted_ms, billed_ms, held_ms, segments, utterances, words, turn
 """
 _SELECT = f"select {_COLUMNS}, text from sessions where tenant_id = :tenant"  # noqa: S608  constants only
 _OPEN = text("""
@@ -192,11 +218,23 @@ _COVER = text("""
     where tenant_id = :tenant and id = :id and status = 'open' returning id
 """)
 _TOUCH = text("update sessions set seen_at = now() where tenant_id = :tenant and id = :id and status = 'open'")
+_NOTE = text("""
+    update sessions
+    set language = coalesce(:language, language), utterances = :utterances, words = :words, text = :text, code = :code
+    where tenant_id = :tenant and id = :id and status = 'open' and turn = :turn
+""")
+_TAKE_OVER = text("""
+    update sessions set turn = turn + 1, code = null, seen_at = now()
+    where tenant_id = :tenant and id = :id and status = 'open' and turn = :turn returning id
+""")
 _CLOSE = text("""
     update sessions
-    set status = :status, code = :code, engine = coalesce(:engine, engine), language = coalesce(:language, language),
-        utterances = :utterances, words = :words, text = :text, seen_at = now(), ended_at = now()
-    where tenant_id = :tenant and id = :id and status = 'open' returning id
+    set status = :status, code = coalesce(:code, code),
+        engine = coalesce(:engine, engine), language = coalesce(:language, language),
+        utterances = coalesce(:utterances, utterances), words = coalesce(:words, words), text = coalesce(:text, text),
+        seen_at = now(), ended_at = now()
+    where tenant_id = :tenant and id = :id and status = 'open' and (cast(:turn as int) is null or turn = :turn)
+    returning id
 """)
 _LISTING = text(f"""
     select {_COLUMNS}, null as text from sessions

@@ -1,5 +1,5 @@
-"""What several processes must agree on from moment to moment: who has a seat, who has spent what. On Redis, or in
-process where there is only one.
+"""What several processes must agree on from moment to moment: who has a seat, who has spent what, what one leaves to
+another. On Redis, or in process where there is only one.
 
 Nothing here is the truth about money, and all of it may be lost: leases expire, and rates forget.
 """
@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol, TypeVar
 
@@ -55,6 +55,32 @@ class Coordination(Protocol):
         allowed; otherwise nothing is spent, and the answer is the seconds to wait: infinite if cost exceeds burst."""
         ...
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see it, and see it when this one has ended."""
+        ...
+
+    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float, *, anew: bool) -> bool:
+        """In one step keeps `value` under `key`, appends to the list `log`, and lets both live for `ttl_s`. False, if
+        not `anew`: somebody has forgotten the key, and it stays so."""
+        ...
+
+    async def kept(self, key: str) -> str | None:
+        """What is kept under the key."""
+        ...
+
+    async def entries(self, log: str) -> list[str]:
+        """All of a list."""
+        ...
+
+    async def renew(self, key: str, log: str, ttl_s: float) -> bool:
+        """Lets both live for `ttl_s` from now. False: there is nothing under `key`."""
+        ...
+
+    async def forget(self, *keys: str) -> None:
+        """No error for what is not there."""
+        ...
+
     async def ping(self) -> None:
         """Raises if it cannot be reached."""
         ...
@@ -70,6 +96,12 @@ class InProcess:
         self._seats: dict[str, dict[str, float]] = {}
         self._arrivals: dict[str, int] = {}
         self._spends = 0
+        self._keeps = 0
+        self._kept: dict[str, tuple[str | list[str], float]] = {}
+
+    @property
+    def shared(self) -> bool:
+        return False
 
     async def seat(self, key: str, member: str, limit: int, ttl_s: float) -> bool:
         now = self._clock()
@@ -98,11 +130,48 @@ class InProcess:
         self._arrivals[key] = arrival
         return 0.0
 
+    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float, *, anew: bool) -> bool:
+        if not anew and self._alive(key) is None:
+            return False
+        self._keeps += 1
+        if self._keeps % SWEEP_EVERY == 0:
+            self._kept = {name: found for name, found in self._kept.items() if found[1] > self._clock()}
+        until = self._clock() + ttl_s
+        self._kept[key] = value, until
+        kept = self._alive(log)
+        kept = kept if isinstance(kept, list) else []
+        kept.extend(entries)
+        self._kept[log] = kept, until
+        return True
+
+    async def kept(self, key: str) -> str | None:
+        found = self._alive(key)
+        return found if isinstance(found, str) else None
+
+    async def entries(self, log: str) -> list[str]:
+        found = self._alive(log)
+        return list(found) if isinstance(found, list) else []
+
+    async def renew(self, key: str, log: str, ttl_s: float) -> bool:
+        until = self._clock() + ttl_s
+        for name in (key, log):
+            if (found := self._alive(name)) is not None:
+                self._kept[name] = found, until
+        return self._alive(key) is not None
+
+    async def forget(self, *keys: str) -> None:
+        for key in keys:
+            self._kept.pop(key, None)
+
     async def ping(self) -> None:
         return None
 
     async def aclose(self) -> None:
         return None
+
+    def _alive(self, key: str) -> str | list[str] | None:
+        value, until = self._kept.get(key, (None, 0.0))
+        return value if until > self._clock() else None
 
     def _sweep(self, now: int) -> None:
         """Forgets, now and then, the allowances that are full again."""
@@ -167,6 +236,41 @@ class RedisCoordination:
         wait_us: int = await _answer(self._spend(keys=[f"stenogate:rate:{key}"], args=costs))
         return wait_us / 1_000_000
 
+    @property
+    def shared(self) -> bool:
+        return True
+
+    async def keep(self, key: str, value: str, log: str, entries: Sequence[str], ttl_s: float, *, anew: bool) -> bool:
+        ttl_ms = math.ceil(ttl_s * 1000)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(_state(key), value, px=ttl_ms, xx=not anew)
+            if entries:
+                pipe.rpush(_state(log), *entries)
+            pipe.pexpire(_state(log), ttl_ms)
+            found, *_ = await _answer(pipe.execute())
+        return bool(found)
+
+    async def kept(self, key: str) -> str | None:
+        found: bytes | None = await _answer(self._redis.get(_state(key)))
+        return None if found is None else found.decode()
+
+    async def entries(self, log: str) -> list[str]:
+        async with self._redis.pipeline() as pipe:
+            pipe.lrange(_state(log), 0, -1)
+            (found,) = await _answer(pipe.execute())
+        return [entry.decode() for entry in found]
+
+    async def renew(self, key: str, log: str, ttl_s: float) -> bool:
+        ttl_ms = math.ceil(ttl_s * 1000)
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.pexpire(_state(key), ttl_ms)
+            pipe.pexpire(_state(log), ttl_ms)
+            found, _ = await _answer(pipe.execute())
+        return bool(found)
+
+    async def forget(self, *keys: str) -> None:
+        await _answer(self._redis.delete(*(_state(key) for key in keys)))
+
     async def ping(self) -> None:
         await _answer(self._redis.ping())
 
@@ -181,6 +285,10 @@ def _us(amount: int, per_minute: int) -> int:
 
 def _seats(key: str) -> str:
     return f"stenogate:seats:{key}"
+
+
+def _state(key: str) -> str:
+    return f"stenogate:state:{key}"
 
 
 async def _answer(call: Awaitable[T]) -> T:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from dispatchers.audio.live import Wire
-from dispatchers.dispatch import Live
 from dispatchers.interface import Clear, Event, Flush, Options
+from dispatchers.streaming import Live
 from gateway.live.frames import Message
 from gateway.live.intake import Intake
 from gateway.live.latency import Latency
@@ -26,10 +27,12 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Asks for a session that was opened before, after whose message `last_seq` nothing was heard."""
+    """Asks for a session that was opened before, after whose message `last_seq` nothing was heard. Audio before
+    `from_ms` cannot be sent again."""
 
     token: str
     last_seq: int
+    from_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,15 @@ class Codec(Protocol):
         ...
 
     def setup(self, text: str) -> Setup: ...
+
+    def opening(self) -> Mapping[str, Any]:
+        """What this session was opened with, as JSON for another process's codec."""
+        ...
+
+    def reopened(self, opening: Mapping[str, Any]) -> Setup:
+        """The setup from another codec's `opening`. Raises `Invalid`."""
+        ...
+
     def command(self, text: str) -> Command: ...
     def ready(self, live: Live, setup: Setup, standing: Standing) -> Message: ...
     def event(self, event: Event) -> Message | None: ...

@@ -15,7 +15,7 @@ from starlette.requests import HTTPConnection
 
 from dispatchers.errors import Overloaded
 from gateway.errors import EdgeError
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from gateway.state import gateway_of
 from policy.errors import ConcurrencyLimited
 

@@ -4,7 +4,7 @@ LiveError
 ├── Idle · SessionTooLong                                              time
 ├── UnsupportedFrame · Undecodable · UnknownMessage · MessageTooBig    what was sent
 ├── NotReading                                                         what was not taken
-└── Restarting · TakenOver · ResumeFailed                              the session is, or is wanted, elsewhere
+└── Restarting · ResumeFailed                                          the session is, or is wanted, elsewhere
 """
 
 from __future__ import annotations
@@ -78,12 +78,6 @@ class Restarting(LiveError):
 
     code = "RESTARTING"
     retryable = True
-
-
-class TakenOver(LiveError):
-    """The session was resumed on another connection."""
-
-    code = "SESSION_TAKEN_OVER"
 
 
 class ResumeFailed(LiveError):

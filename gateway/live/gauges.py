@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from gateway.state import Gateway
 from runtime.telemetry import SEATS_FREE, STREAM_LAG_SECONDS
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeAlias
 
+from dispatchers.audio.container import ContainerDecoder
 from dispatchers.audio.live import LiveDecoder, Wire
-from dispatchers.interface import SAMPLE_RATE, Clear, Flush, Pcm, Samples, StreamInput, to_ms
+from dispatchers.errors import AudioError
+from dispatchers.interface import SAMPLE_RATE, SAMPLES_PER_MS, Clear, Flush, Pcm, Samples, StreamInput, to_ms
 
 AHEAD_MS = 30_000
 """Audio that may wait. When it does, the socket is not read on: the sender feels it as back-pressure."""
@@ -20,18 +24,27 @@ _MOST_BYTES_PER_S = 192_000
 Received: TypeAlias = bytes | Flush | Clear
 
 
+@dataclass(frozen=True, slots=True)
+class _Anew:
+    """A container begins, whose first sound is that of `from_ms`."""
+
+    from_ms: int
+
+
 class Intake:
     """A bounded queue between one reader of a socket and one recogniser.
 
-    A single message may exceed the bound, so the audio waiting is at most `AHEAD_MS` and one message.
+    A single message may exceed the bound, so the audio waiting is at most `AHEAD_MS` and one message. What comes is at
+    `from_ms` of the session's clock.
     """
 
-    def __init__(self, wire: Wire):
-        self.received_bytes = 0
-        self._taken_bytes = 0
-        self._taken_samples = 0
+    def __init__(self, wire: Wire, from_ms: int = 0):
         self._wire = wire
-        self._waiting: deque[Received] = deque()
+        self.received_bytes = 0 if wire.rate is None else from_ms * wire.rate // 1000 * wire.sample_bytes
+        self._taken_bytes = self.received_bytes
+        self._taken_samples = from_ms * SAMPLES_PER_MS
+        self._waiting: deque[Received | _Anew] = deque()
+        self._heard_already = 0  # samples
         self._ended = False
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
@@ -69,6 +82,11 @@ class Intake:
         self._waiting.append(item)
         self._filled.set()
 
+    def begin_anew(self, from_ms: int) -> None:
+        """The next bytes are those of another container, from `from_ms` on; what was heard is not heard again."""
+        self._waiting.append(_Anew(from_ms))
+        self._filled.set()
+
     def end(self) -> None:
         """Nothing more will come; what waits is still handed on."""
         self._ended = True
@@ -81,23 +99,34 @@ class Intake:
         """
         decoder = await LiveDecoder.open(self._wire)
         while (item := await self._next()) is not None:
-            if isinstance(item, bytes):
-                async for samples in decoder.feed(item):
-                    if len(samples):
-                        yield self._counted(samples)
-                continue
-            if len(samples := await decoder.flush()):
-                yield self._counted(samples)
-            yield item
+            match item:
+                case bytes():
+                    pieces = decoder.feed(item)
+                case _Anew():
+                    pieces = _rest(decoder)
+                case _:
+                    pieces = _flushed(decoder)
+            async for samples in pieces:
+                for pcm in self._counted(samples):
+                    yield pcm
+            if isinstance(item, _Anew):
+                decoder = await LiveDecoder.open(self._wire)
+                self._heard_already = max(0, self._taken_samples - item.from_ms * SAMPLES_PER_MS)
+            elif not isinstance(item, bytes):
+                yield item
         async for samples in decoder.end():
-            if len(samples):
-                yield self._counted(samples)
+            for pcm in self._counted(samples):
+                yield pcm
 
-    def _counted(self, samples: Samples) -> Pcm:
-        self._taken_samples += len(samples)
-        return Pcm(samples)
+    def _counted(self, samples: Samples) -> Iterator[Pcm]:
+        """Those that are new."""
+        known = min(self._heard_already, len(samples))
+        self._heard_already -= known
+        if len(samples) > known:
+            self._taken_samples += len(samples) - known
+            yield Pcm(samples[known:])
 
-    async def _next(self) -> Received | None:
+    async def _next(self) -> Received | _Anew | None:
         """The next command, or all the audio before it, in reasonable bites."""
         while not self._waiting:
             if self._ended:
@@ -129,3 +158,14 @@ class Intake:
         if not self._wire.contained or self._taken_samples < SAMPLE_RATE:
             return self._wire.bytes_per_s
         return min(max(1, self._taken_bytes * SAMPLE_RATE // self._taken_samples), _MOST_BYTES_PER_S)
+
+
+async def _flushed(decoder: LiveDecoder | ContainerDecoder) -> AsyncIterator[Samples]:
+    yield await decoder.flush()
+
+
+async def _rest(decoder: LiveDecoder | ContainerDecoder) -> AsyncIterator[Samples]:
+    """Of a container that was cut off."""
+    with suppress(AudioError):
+        async for samples in decoder.end():
+            yield samples

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from gateway.live.frames import Frames, Message, ResumeFailed
 
 KEPT_CHARACTERS = 256 * 1024
+
+Before: TypeAlias = Callable[[int], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,20 @@ class Record:
     def kept(self) -> tuple[Kept, ...]:
         return tuple(self._kept)
 
-    async def say(self, message: Message, *, again: Message | None = None) -> None:
-        """Sends the message with the next number; whoever hears it later hears `again`. Raises `NotReading`."""
+    def go_on(self, seq: int, messages: Iterable[Message]) -> None:
+        """Begins after message `seq` of another process's record, with what comes next."""
+        self.seq = seq
+        for message in messages:
+            self.seq += 1
+            self._remember(Kept(self.seq, wire(message, self.seq)))
+
+    async def say(self, message: Message, *, again: Message | None = None, before: Before | None = None) -> None:
+        """Sends the message with the next number, which `before` hears first; whoever hears it later hears `again`.
+        Raises `NotReading`."""
         async with self._speaking:
             self.seq += 1
+            if before is not None:
+                await before(self.seq)
             self._remember(Kept(self.seq, wire(again or message, self.seq)))
             if self.frames is not None:
                 await self.frames.send(wire(message, self.seq))

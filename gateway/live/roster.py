@@ -11,7 +11,7 @@ from uuid import UUID
 import structlog
 
 from dispatchers.dispatch import Door
-from gateway.live.frames import Restarting, ResumeFailed
+from gateway.live.frames import Restarting
 from gateway.live.session import Session
 
 log = structlog.get_logger()
@@ -44,13 +44,13 @@ class Roster:
         self._sessions[task] = session
         task.add_done_callback(lambda done: self._sessions.pop(done, None))
 
-    def find(self, token: str, tenant_id: UUID) -> Session:
-        """The session that the token is for. Raises `ResumeFailed`; nobody learns of another tenant's sessions."""
+    def find(self, token: str, tenant_id: UUID) -> Session | None:
+        """The session of this process that the token is for; nobody learns of another tenant's sessions."""
         for session in self._sessions.values():
             known = session.token is not None and secrets.compare_digest(session.token.encode(), token.encode())
             if known and session.tenant_id == tenant_id:
                 return session
-        raise ResumeFailed
+        return None
 
     async def drain(self, speak_s: float) -> None:
         """Lets nobody new in and sends everybody off: told at once, cut off after `speak_s`, gone when all they said is

@@ -1,112 +1,65 @@
-"""One live session: the door on one side, on the other whichever socket is attached to it.
+"""One live session: its hearing on one side, on the other whichever socket is attached to it.
 
 The session is a task of its own, which passes events on. Each socket has a reader, which never waits for recognition,
 except where 30 s of audio wait already; then it does not read on, which the sender feels as back-pressure. (The
 server's own keep-alive must then not count missing pongs: they stand behind the audio.) A socket that is lost leaves
-the session waiting for another; whatever ends the session ends its input only: what was heard is still transcribed,
-told and settled, within a deadline; then comes the reason.
+the session waiting for another.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import traceback
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from uuid import UUID
 
-import structlog
-
-from dispatchers.dispatch import Door, Live
-from dispatchers.errors import AudioError, BackendTimeout, Overloaded
-from dispatchers.interface import SAMPLES_PER_MS, Clear, Event, Final, Flush, Gap, Pcm, StreamInput
-from gateway.errors import close_code, known
-from gateway.live.codec import Codec, Metrics, Ping, Setup, Standing, Stop, Unknown
-from gateway.live.frames import (
-    LEFT,
-    Frames,
-    Gone,
-    Idle,
-    Message,
-    NotReading,
-    Restarting,
-    ResumeFailed,
-    SessionTooLong,
-    TakenOver,
-    UnknownMessage,
-)
-from gateway.live.intake import Intake, Received
-from gateway.live.latency import Latency
-from gateway.live.record import Record
+from dispatchers.dispatch import Door
+from gateway.errors import close_code
+from gateway.live.codec import Codec, Resume, Setup, Standing
+from gateway.live.endings import GOING_AWAY, admitted, reason_of
+from gateway.live.frames import LEFT, Frames, Gone, Message, NotReading, Restarting, ResumeFailed
+from gateway.live.hearing import Hearing
+from gateway.live.legacy import Legacy
+from gateway.live.reader import Reader
 from gateway.live.sight import Sight
-from policy.errors import Invalid
+from policy.errors import TakenOver
 from policy.identity import Caller
+from runtime.coordination import Coordination
 from runtime.errors import StenogateError
-from runtime.telemetry import (
-    FINAL_SECONDS,
-    FIRST_PARTIAL_SECONDS,
-    LIVE_STREAMS,
-    STREAM_SECONDS,
-    STREAMS_ENDED,
-    UNTOLD_PARTIALS,
-    UTTERANCES,
-)
-
-log = structlog.get_logger()
-
-GOING_AWAY = 1001
-DRAIN_S = 120.0
-FULL_RETRY_S = 5
-
-
-class Seats:
-    """How many live sessions this process holds."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    @contextmanager
-    def seat(self, limit: int) -> Iterator[None]:
-        """Raises `Overloaded` when all are taken."""
-        if self.taken >= limit:
-            raise Overloaded(retry_after_s=FULL_RETRY_S)
-        self.taken += 1
-        try:
-            yield
-        finally:
-            self.taken -= 1
-
-
-SEATS = Seats()
+from runtime.telemetry import LIVE_STREAMS, STREAMS_ENDED
 
 
 class Session:
-    """An opened session's state. `resume_s` is how long it waits for a lost client; 0: not at all."""
+    """An opened session's state. `resume_s` is how long it waits for a lost client; 0: not at all. `legacy`: it was
+    another process's."""
 
-    def __init__(self, codec: Codec, setup: Setup, caller: Caller, *, idle_s: float, resume_s: float):
+    def __init__(
+        self,
+        codec: Codec,
+        setup: Setup,
+        caller: Caller,
+        coordination: Coordination,
+        *,
+        idle_s: float,
+        resume_s: float,
+        legacy: Legacy | None = None,
+    ):
         self.tenant_id: UUID = caller.tenant_id
+        self._tenant = caller.tenant
         self.token: str | None = None
-        self._caller = caller
         self._codec = codec
         self._setup = setup
         self._idle_s = idle_s
-        self._resume_s = 0.0 if setup.wire.contained else resume_s  # whose bytes have no place on the sample clock
-        self._record = Record(keep=self._resume_s > 0)
-        self._intake = Intake(setup.wire)
-        self._latency = Latency()
+        self._resume_s = resume_s
+        self._hearing = hearing = Hearing(codec, setup, caller, coordination, resume_s=resume_s, legacy=legacy)
+        self._intake = hearing.intake
+        self._record = hearing.record
+        self._reading = Reader(codec, hearing, idle_s=idle_s)
         self._loop = asyncio.get_running_loop()
-        self._live: Live | None = None
         self._refusal: StenogateError | None = None
-        self._decided = asyncio.Event()  # whether this session was let in, and how long it may be
-        self._until = self._longest_ms = 0.0
-        self._deadline: asyncio.Timeout | None = None
         self._reader: asyncio.Task[None] | None = None
         self._waiting: asyncio.TimerHandle | None = None  # for a lost client, or for the end of a drain
-        self._answered_ms = 0
-        self._heard_already = 0  # bytes that a resumed client sends again
-        self._stopped = self._draining = self._ended = self._over = False
-        self._ending: StenogateError | None = None
+        self._draining = self._over = False
         self._farewell = (LEFT, "")
 
     async def run(self, door: Door, seats: ExitStack) -> None:
@@ -114,15 +67,17 @@ class Session:
         code = LEFT
         try:
             with seats, LIVE_STREAMS.labels(self._codec.name).track_inprogress():
-                live = await self._recognise(door)
+                live = await self._hearing.run(door)
             await self._say(self._codec.closed(live, "stop"))
             await self._close(LEFT)
         except Exception as exc:  # noqa: BLE001 — the last stop: every failure has a code and reaches its caller
             error = admitted(exc)
-            if self._live is None:
+            if self._hearing.live is None:
                 self._refusal = error
                 return
             code = close_code(error)
+            if self._hearing.keeper is not None and self._hearing.outlives(error):
+                await self._hearing.keeper.leave(self._intake.taken_ms)
             await self._tell(error)
         finally:
             self._leave_behind()
@@ -131,28 +86,29 @@ class Session:
 
     async def opened(self) -> None:
         """Waits for admission. Raises its refusal."""
-        await self._decided.wait()
+        await self._hearing.decided.wait()
         if self._refusal is not None:
             raise self._refusal
 
-    async def attach(self, frames: Frames, last_seq: int | None = None) -> None:
-        """Gives the session another socket, the first one with no `last_seq`. The one before is told.
+    async def attach(self, frames: Frames, resume: Resume | None = None) -> None:
+        """Gives the session another socket, the very first one with no `resume`. The one before is told.
 
         Raises `ResumeFailed` and leaves all as it is, or `NotReading`.
         """
-        if self._over or (last_seq is not None and not self._record.has_since(last_seq)):
-            raise (self._ending if last_seq is None else None) or ResumeFailed()
+        if self._over or (resume is not None and not self._record.has_since(resume.last_seq)):
+            raise (self._hearing.ending if resume is None else None) or ResumeFailed()
         self.token = secrets.token_urlsafe(32) if self._resume_s else None
         self._wait(None)
         try:
             await self._dismiss()
-            resumed = last_seq is not None
-            self._heard_already = self._intake.beyond(self._answered_ms) if resumed else 0
-            standing = Standing(
-                self._idle_s, self.token, resumed, self._answered_ms if resumed else 0, self._intake.taken_ms
-            )
-            assert self._live is not None  # noqa: S101 — `opened` was awaited
-            await self._record.attach(frames, self._codec.ready(self._live, self._setup, standing), last_seq)
+            assert self._hearing.live is not None  # noqa: S101 — `opened` was awaited
+            from_ms = 0 if resume is None else self._rewound(resume)
+            if self._hearing.keeper is not None and self.token is not None:
+                await self._hearing.keeper.move(self.token, self._intake.taken_ms)
+            accepted_ms = max(self._intake.taken_ms, self._hearing.live.lease.settled_ms)
+            standing = Standing(self._idle_s, self.token, resume is not None, from_ms, accepted_ms)
+            last_seq = None if resume is None else resume.last_seq
+            await self._record.attach(frames, self._codec.ready(self._hearing.live, self._setup, standing), last_seq)
         except BaseException:
             self._lose(purpose=False)
             raise
@@ -173,24 +129,22 @@ class Session:
 
     def seen(self) -> Sight | None:
         """What an operator may see of it; None until it is let in."""
-        live, connected = self._live, self._record.frames is not None
+        live, connected = self._hearing.live, self._record.frames is not None
         if live is None:
             return None
-        return Sight(
-            live.session_id, self._caller.tenant, live.origin, connected, self._intake.taken_ms, self._intake.lag_ms
-        )
+        return Sight(live.session_id, self._tenant, live.origin, connected, self._intake.taken_ms, self._intake.lag_ms)
 
     def abandon(self) -> None:
         """There will be no socket."""
-        self._end(None)
+        self._hearing.end(None)
 
     async def drain(self, speak_s: float, reconnect_after_s: float) -> None:
         """Lets the client speak on for so long, and tells it; then the session ends, `RESTARTING`."""
         self._draining = True
-        if self._ended:
+        if self._hearing.ended:
             return
         if self._record.frames is None:
-            self._end(Restarting())
+            self._hearing.end(Restarting())
             return
         self._wait(speak_s)
         message = self._codec.draining(self.token, speak_s, reconnect_after_s)
@@ -198,23 +152,16 @@ class Session:
 
     # --- its life ---
 
-    async def _recognise(self, door: Door) -> Live:
-        setup = self._setup
-        try:
-            async with door.stream(
-                self._caller, setup.demand, setup.options, self._audio(), hang_up=self._intake.end
-            ) as live:
-                structlog.contextvars.bind_contextvars(session_id=str(live.session_id))
-                self._live = live
-                self._longest_ms = live.policy.body.max_stream_ms
-                self._until = self._loop.time() + self._longest_ms / 1000
-                self._decided.set()
-                await self._pass_on(live)
-                if self._ending is not None:
-                    raise self._ending
-        finally:
-            STREAM_SECONDS.labels(self._codec.name).inc(self._intake.taken_ms / 1000)
-        return live
+    def _rewound(self, resume: Resume) -> int:
+        """From where audio is heard again: what the recogniser has of it is passed over."""
+        contained = self._setup.wire.contained
+        received_ms = self._intake.taken_ms if contained else self._intake.received_ms
+        from_ms = min(max(self._hearing.answered_ms, resume.from_ms or 0), received_ms)
+        if contained:
+            self._intake.begin_anew(from_ms)
+        else:
+            self._reading.heard_already = self._intake.beyond(from_ms)
+        return from_ms
 
     async def _dismiss(self) -> None:
         """The socket before, if any, is told and read no further: nothing of it can come any more."""
@@ -236,12 +183,12 @@ class Session:
 
     def _lose(self, *, purpose: bool) -> None:
         """The socket is gone. Without one, the session waits for another; not if its client has had enough of it."""
-        if self._ended:
+        if self._hearing.ended:
             return
         if self._draining:
-            self._end(Restarting())
+            self._hearing.end(Restarting())
         elif purpose or not self._resume_s:
-            self._end(None)
+            self._hearing.end(None)
         else:
             self._record.frames = None
             self._wait(self._resume_s)
@@ -252,13 +199,13 @@ class Session:
         self._waiting = None if seconds is None else self._loop.call_later(seconds, self._lapse)
 
     def _lapse(self) -> None:
-        if not self._ended:
-            self._end(Restarting() if self._draining else None)
+        if not self._hearing.ended:
+            self._hearing.end(Restarting() if self._draining else None)
 
     def _leave_behind(self) -> None:
         self._over, self.token = True, None
         self._wait(None)
-        self._decided.set()
+        self._hearing.decided.set()
         if self._reader is not None:
             self._reader.cancel()
         if self._record.frames is not None:
@@ -279,141 +226,18 @@ class Session:
         if self._record.frames is not None:
             await self._record.frames.close(code, reason)
 
-    # --- in ---
-
     async def _listen(self, frames: Frames) -> None:
         """Reads until the socket is gone, or it is cancelled: an error is told when what was heard is answered."""
         try:
-            while True:
-                await self._take(await self._next(frames))
+            await self._reading.read(frames)
         except Gone as gone:
             self._lose(purpose=gone.purpose)
         except Exception as exc:  # noqa: BLE001 — not swallowed: it is why the session ends
-            self._end(admitted(exc))
+            self._hearing.end(admitted(exc))
             await asyncio.Event().wait()
-
-    async def _next(self, frames: Frames) -> str | bytes:
-        left = max(0.0, self._until - self._loop.time())
-        try:
-            return await frames.receive(None if self._stopped else min(self._idle_s, left))
-        except Idle:
-            if left <= self._idle_s:
-                raise SessionTooLong from None
-            raise
-
-    async def _take(self, frame: str | bytes) -> None:
-        command = frame if isinstance(frame, bytes) else self._codec.command(frame)
-        match command:
-            case bytes() | Flush() | Clear():
-                await self._put(command)
-            case Stop():
-                self._stopped = True
-                self._end(None)
-            case Ping() as ping:
-                await self._record.say(self._codec.pong(ping, self._intake.taken_ms))
-            case Metrics():
-                await self._record.say(self._codec.metrics(self._latency, self._intake))
-            case Unknown(name):
-                await self._complain(UnknownMessage(f"There is no message type `{name}`."))
-
-    async def _put(self, item: Received) -> None:
-        if self._stopped:
-            await self._complain(Invalid("This came after `stop` and was not accepted."))
-            return
-        if isinstance(item, bytes) and self._heard_already:
-            known = min(self._heard_already, len(item))
-            self._heard_already -= known
-            item = item[known:]
-            if not item:
-                return
-        await self._intake.put(item)
-        if isinstance(item, bytes):
-            self._latency.received(self._intake.received_ms, self._loop.time())
-
-    async def _complain(self, error: StenogateError) -> None:
-        await self._record.say(self._codec.error(error, fatal=False))
-
-    def _end(self, reason: StenogateError | None) -> None:
-        """No more input. The first reason counts; what was heard has `DRAIN_S` to become text."""
-        if self._over:
-            return
-        self._ended = True
-        self._ending = self._ending or reason
-        self._intake.end()
-        if self._deadline is not None and self._deadline.when() is None:
-            self._deadline.reschedule(self._loop.time() + DRAIN_S)
-
-    async def _audio(self) -> AsyncIterator[StreamInput]:
-        """What the recogniser pulls: everything received, up to the longest session."""
-        await self._decided.wait()
-        try:
-            async for item in self._within(int(self._longest_ms) * SAMPLES_PER_MS):
-                yield item
-        except AudioError as error:  # what could be decoded before is answered
-            self._end(error)
-
-    async def _within(self, room: int) -> AsyncIterator[StreamInput]:
-        """What was received, up to so many samples."""
-        async for item in self._intake.items():
-            if not isinstance(item, Pcm):
-                yield item
-                continue
-            if room:
-                yield Pcm(item.samples[:room])
-            if len(item.samples) > room:
-                self._end(SessionTooLong())
-                return
-            room -= len(item.samples)
-
-    # --- out ---
-
-    async def _pass_on(self, live: Live) -> None:
-        """Every event to its end. Raises `BackendTimeout` when the end does not come."""
-        try:
-            async with asyncio.timeout(DRAIN_S if self._ended else None) as self._deadline:
-                async for event in live.events:
-                    self._note(event)
-                    message = self._codec.event(event)
-                    if message is not None:
-                        await self._send(message)
-        except TimeoutError:
-            raise BackendTimeout from None
-        except Exception as exc:  # noqa: BLE001 — inside the door it must be one of ours, which it records
-            raise admitted(exc) from None
-        finally:
-            self._ended, self._deadline = True, None
 
     async def _send(self, message: Message, *, again: Message | None = None) -> None:
         try:
             await self._record.say(message, again=again)
         except StenogateError as error:  # it does not read: the record is finished without it
-            self._end(error)
-
-    def _note(self, event: Event) -> None:
-        match self._latency.note(event, self._loop.time()):
-            case "first_partial", ms:
-                FIRST_PARTIAL_SECONDS.observe(ms / 1000)
-            case "final", ms:
-                FINAL_SECONDS.observe(ms / 1000)
-        if isinstance(event, Final):
-            UTTERANCES.inc()
-            UNTOLD_PARTIALS.labels("coalesced").inc(event.coalesced)
-            UNTOLD_PARTIALS.labels("dropped").inc(event.dropped)
-        if isinstance(event, Final | Gap):
-            self._answered_ms = max(self._answered_ms, event.end_ms)
-
-
-def reason_of(error: StenogateError) -> str:
-    """Of a close: the seconds to wait where they are known, else the code."""
-    return str(error.retry_after_s) if error.retry_after_s is not None else error.code
-
-
-def admitted(exc: Exception) -> StenogateError:
-    """The failure as one of ours. What nobody foresaw is logged by kind and place: its message may quote a text."""
-    error = known(exc)
-    if error is not exc:
-        frames = traceback.extract_tb(exc.__traceback__)[-5:]
-        log.error(
-            "stream.failed", error=type(exc).__name__, at=[f"{frame.filename}:{frame.lineno}" for frame in frames]
-        )
-    return error
+            self._hearing.end(error)

@@ -139,7 +139,8 @@ class _Resume(BaseModel):
 
     type: Literal["start"] = "start"
     resume_token: str = Field(min_length=1, max_length=256)
-    last_seq: int = Field(ge=0)
+    last_seq: int = Field(ge=0, lt=2**53)
+    resend_from_ms: int | None = Field(None, ge=0, lt=2**53)
 
 
 def resume_of_frame(fields: Mapping[str, Any]) -> Resume | None:
@@ -169,6 +170,11 @@ def start_of_query(query: QueryParams, fixed: Mapping[str, Any]) -> Start | None
     return _read(Start, fields, strict=False) if fields else None
 
 
+def start_of_opening(fields: Mapping[str, Any]) -> Start:
+    """The fields of a `start` that was checked before. Raises `Invalid`."""
+    return _read(Start, fields, strict=False)
+
+
 def fixed_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `start` for a ticket to fix, checked. Raises `Invalid`, which names the field."""
     _read(Start, fields, strict=True)
@@ -179,7 +185,7 @@ def _resume(fields: Mapping[str, Any], *, strict: bool) -> Resume | None:
     if fields.get("resume_token") is None:
         return None
     read = _read(_Resume, fields, strict=strict)
-    return Resume(read.resume_token, read.last_seq)
+    return Resume(read.resume_token, read.last_seq, read.resend_from_ms)
 
 
 def _read(form: type[Form], fields: Mapping[str, Any], *, strict: bool) -> Form:

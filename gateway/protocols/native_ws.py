@@ -9,7 +9,6 @@ from starlette.datastructures import QueryParams
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from dispatchers.dispatch import Live
 from dispatchers.interface import (
     Clear,
     Cleared,
@@ -26,6 +25,7 @@ from dispatchers.interface import (
     Used,
     Word,
 )
+from dispatchers.streaming import Live
 from gateway.auth import SUBPROTOCOL, bearer_token, caller_of, ticket_holder
 from gateway.errors import known
 from gateway.live.codec import Command, Metrics, Ping, Resume, Setup, Standing, Stop, Unknown
@@ -35,7 +35,14 @@ from gateway.live.intake import AHEAD_MS, Intake
 from gateway.live.latency import Latency
 from gateway.live.pace import Pace
 from gateway.live.reception import House, converse
-from gateway.protocols.native_start import Start, resume_of_frame, resume_of_query, start_of_frame, start_of_query
+from gateway.protocols.native_start import (
+    Start,
+    resume_of_frame,
+    resume_of_query,
+    start_of_frame,
+    start_of_opening,
+    start_of_query,
+)
 from gateway.state import gateway_of, request_id_of
 from policy.errors import Invalid
 from policy.identity import Caller
@@ -66,6 +73,12 @@ class Native:
         """The same from the address and from a ticket's fixed fields; None where there is no field."""
         start = start_of_query(query, fixed)
         return None if start is None else self._opened(start)
+
+    def opening(self) -> Mapping[str, Any]:
+        return self._start.model_dump(mode="json")
+
+    def reopened(self, opening: Mapping[str, Any]) -> Setup:
+        return self._opened(start_of_opening(opening))
 
     def command(self, text: str) -> Command:
         message = _object(text)
@@ -285,7 +298,7 @@ async def stream(websocket: WebSocket) -> None:
             resuming = resume_of_query(websocket.query_params)
             if resuming is None:
                 seats.enter_context(let_in(websocket))
-            else:  # its session has its seats
+            else:  # its session has its seats, unless it comes from another process
                 check_origin(websocket, settings.origins)
             caller, fixed = await _caller(websocket)
             gateway.roster.refuse_when_draining()
@@ -297,9 +310,11 @@ async def stream(websocket: WebSocket) -> None:
                 House(
                     gateway.roster,
                     gateway.door,
+                    gateway.resources.coordination,
                     settings.stream_idle_s,
                     settings.stream_resume_s,
                     settings.max_streams,
+                    lambda: let_in(websocket),
                 ),
                 caller,
                 codec,

@@ -4,7 +4,7 @@ the sample clock, which all channels share, and `billed_ms` counts it for each o
 from alembic import op
 
 revision = "0006"
-down_revision = "0004"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

@@ -193,3 +193,28 @@ async def test_in_process_forgets_what_is_full_again() -> None:
         now += 1.0
         assert await coordination.spend(str(n), 1, per_minute=60, burst=1) == 0.0
     assert len(coordination._arrivals) <= 1025
+
+
+async def test_what_is_kept_is_found_added_to_and_forgotten(coordination: Coordination, key: str) -> None:
+    log = f"{key}-log"
+    assert not await coordination.keep(key, "one", log, ["a"], HOUR, anew=False)  # there is none
+    assert await coordination.kept(key) is None
+    await coordination.forget(key, log)
+    assert await coordination.keep(key, "one", log, ["a"], HOUR, anew=True)
+    assert await coordination.keep(key, "twö", log, ["b", "ç"], HOUR, anew=False)
+    assert await coordination.keep(key, "twö", log, [], HOUR, anew=False)
+    assert (await coordination.kept(key), await coordination.entries(log)) == ("twö", ["a", "b", "ç"])
+    assert await coordination.renew(key, log, HOUR)
+    await coordination.forget(key, log)
+    assert (await coordination.kept(key), await coordination.entries(log)) == (None, [])
+    assert not await coordination.renew(key, log, HOUR)
+    await coordination.forget(key)
+
+
+async def test_what_is_kept_runs_out(coordination: Coordination, key: str) -> None:
+    log = f"{key}-log"
+    assert await coordination.keep(key, "one", log, ["a"], 0.05, anew=True)
+    async with asyncio.timeout(30):
+        while await coordination.kept(key) or await coordination.entries(log):  # noqa: ASYNC110  as a client would
+            await asyncio.sleep(0.01)
+    assert not await coordination.keep(key, "two", log, [], HOUR, anew=False)

@@ -13,7 +13,7 @@ from websockets.asyncio.client import connect
 
 from dispatchers.audio.decode import load
 from dispatchers.interface import Samples, to_ms
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from policy.tenants import Tenant
 from runtime.ids import read
 from runtime.settings import Settings

@@ -19,8 +19,9 @@ from dispatchers.backends.scripted import Scripted
 from dispatchers.errors import BackendFailed
 from dispatchers.interface import Heard, Options, Samples, Transcript, ignore, to_ms
 from gateway.live.intake import AHEAD_MS
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from policy import tenants
+from policy.admission import reap
 from policy.tenants import Tenant
 from runtime.ids import read
 from runtime.settings import Settings
@@ -452,6 +453,9 @@ async def test_our_own_fault_is_told_without_a_word_of_it(
             ready = await talk.until("ready")
             await talk.speak(samples.tobytes())
             assert await talk.end() == (1011, "INTERNAL")
+        async with asyncio.timeout(30):  # it could be resumed
+            while not await reap(broken.gateway.resources.database, 0):  # noqa: ASYNC110  as the chores do
+                await asyncio.sleep(0.05)
         row = await row_of(broken, tenant, ready["session_id"])
     assert (talk.events[-1]["code"], talk.events[-1]["fatal"]) == ("INTERNAL", True)
     assert (row.status, row.code) == ("interrupted", "INTERNAL")
@@ -463,7 +467,7 @@ async def test_our_own_fault_is_told_without_a_word_of_it(
 async def test_a_recogniser_that_never_answers_holds_nobody(
     settings: Settings, vad: SileroVad, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.live.session.DRAIN_S", 0.5)
+    monkeypatch.setattr("gateway.live.hearing.DRAIN_S", 0.5)
     samples, _ = clip("clip05.wav")
     async with serving(settings, recogniser=Segmenting(Scripted(delay_s=600), vad)) as stuck:
         async with talking(stuck, stuck.token(await stuck.tenant())) as talk:

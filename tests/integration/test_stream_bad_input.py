@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import text
 
 from dispatchers.interface import to_ms
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from policy import tenants
 from runtime.settings import Settings
 from tests.server import Served, serving

@@ -18,7 +18,7 @@ from websockets.exceptions import InvalidStatus
 
 from dispatchers.interface import to_ms
 from gateway.live.entrance import ADDRESSES
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from gateway.serve import uvicorn_config
 from runtime.settings import Settings
 from tests.server import Served, serving

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 from websockets.exceptions import InvalidStatus
 
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from policy import identity, tenants, tickets
 from policy.tenants import Tenant
 from runtime.ids import read
