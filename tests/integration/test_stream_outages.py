@@ -16,7 +16,7 @@ from sqlalchemy import text
 
 from dispatchers.audio.decode import load
 from dispatchers.interface import to_ms
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from policy.tenants import Tenant
 from runtime.ids import read
 from runtime.settings import Settings

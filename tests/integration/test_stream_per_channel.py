@@ -19,7 +19,7 @@ from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.scripted import Scripted
 from dispatchers.errors import BackendFailed
 from dispatchers.interface import Heard, Options, Samples, Transcript, ignore, to_ms
-from gateway.live.session import SEATS
+from gateway.live.seats import SEATS
 from policy.statements import build
 from policy.tenants import Tenant
 from runtime.ids import read
