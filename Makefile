@@ -63,6 +63,10 @@ bench: setup ## the gateway against bare faster-whisper, as ratios in one run
 bench-stream: setup ## live streams at their own pace, e.g. ARGS="--streams 8 --seconds 12"
 	@$(BIN)/python -m tests.benchmarks stream $(ARGS)
 
+.PHONY: bench-density
+bench-density: setup ## as many live streams as one core carries, e.g. ARGS="--streams 300 --seconds 20"
+	@$(BIN)/python -m tests.benchmarks density $(ARGS)
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor
