@@ -66,6 +66,7 @@ class LiveDecoder:
         self._wire = wire
         self._resampler = resampler
         self._half = b""
+        self._plain = wire == _PLAIN
 
     @classmethod
     async def open(cls, wire: Wire) -> LiveDecoder | ContainerDecoder:
@@ -79,14 +80,14 @@ class LiveDecoder:
         data = self._half + data
         whole = len(data) - len(data) % self._wire.sample_bytes
         self._half = data[whole:]
-        if self._wire == _PLAIN:
+        if self._plain:
             yield self._resampler.feed(data[:whole])
         else:
             yield await asyncio.to_thread(self._convert, data[:whole])
 
     async def flush(self) -> Samples:
         """What the resampling filter still holds."""
-        if self._wire == _PLAIN:
+        if self._plain:
             return self._resampler.flush()
         return await asyncio.to_thread(self._resampler.flush)
 

@@ -31,6 +31,7 @@ class Intake:
         self._taken_bytes = 0
         self._taken_samples = 0
         self._wire = wire
+        self._fixed_bytes_per_s = None if wire.contained else wire.bytes_per_s
         self._waiting: deque[Received] = deque()
         self._ended = False
         self._filled = asyncio.Event()
@@ -39,7 +40,7 @@ class Intake:
     @property
     def received_ms(self) -> int:
         """Audio received, on the sender's clock; for a container an estimate."""
-        if self._wire.contained:
+        if self._fixed_bytes_per_s is None:
             return self.taken_ms + self.lag_ms
         return self._ms(self.received_bytes)
 
@@ -126,6 +127,8 @@ class Intake:
     @property
     def _bytes_per_s(self) -> int:
         """A container's as it was so far, once a second of it is known: within bounds, as it bounds what may wait."""
-        if not self._wire.contained or self._taken_samples < SAMPLE_RATE:
+        if self._fixed_bytes_per_s is not None:
+            return self._fixed_bytes_per_s
+        if self._taken_samples < SAMPLE_RATE:
             return self._wire.bytes_per_s
         return min(max(1, self._taken_bytes * SAMPLE_RATE // self._taken_samples), _MOST_BYTES_PER_S)

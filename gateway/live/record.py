@@ -42,9 +42,10 @@ class Record:
         """Sends the message with the next number; whoever hears it later hears `again`. Raises `NotReading`."""
         async with self._speaking:
             self.seq += 1
-            self._remember(Kept(self.seq, wire(again or message, self.seq)))
+            text = wire(message, self.seq)
+            self._remember(Kept(self.seq, text if again is None else wire(again, self.seq)))
             if self.frames is not None:
-                await self.frames.send(wire(message, self.seq))
+                await self.frames.send(text)
 
     def has_since(self, seq: int) -> bool:
         """Whether everything after message `seq` can be told again."""
