@@ -37,7 +37,7 @@ _MODEL = "silero_vad_16k_op15.onnx"
 
 _BATCH = 64
 _TURN = 4  # frames of one piece in a round: all of a message of 100 ms
-_APART_S = 0.008
+_APART_S = 0.012
 
 
 class SileroVad:

@@ -224,6 +224,7 @@ class Outcome:
     """A run's figures between two looks, when everybody spoke."""
 
     speakers: list[Speaker]
+    opening_s: float
     idle: Look
     begun: Look
     ended: Look
@@ -293,12 +294,16 @@ async def _measure(gateway: LocalGateway, count: int, seconds: float, tokens: li
     async with _spoken(gateway, [Recital.of(SCRIPTS, 4.0)] * 4, tokens):  # warms
         pass
     idle = await Look.now(gateway.client.url, gateway.pid)
+    first = time.monotonic()
     async with _spoken(gateway, [recitals[number % SCRIPTS] for number in range(count)], tokens) as speakers:
+        opened = time.monotonic() - first
+        if opened > opening_s + seconds / 4:
+            raise RuntimeError(f"{count} streams took {opened:.0f} s to open: too little time is left to measure them")
         await asyncio.sleep(1.0)
         begun = await Look.now(gateway.client.url, gateway.pid)
-        await asyncio.sleep(seconds - 2.0)
+        await asyncio.sleep(max(0.0, opening_s + seconds - 1.0 - (time.monotonic() - first)))
         ended = await Look.now(gateway.client.url, gateway.pid)
-    return Outcome(speakers, idle, begun, ended)
+    return Outcome(speakers, opened, idle, begun, ended)
 
 
 @asynccontextmanager
@@ -340,6 +345,7 @@ def _figures(outcome: Outcome) -> dict[str, str]:
             _percent((ended.cores[core] - begun.cores[core]) / took) for core in (SERVER_CORE, CLIENT_CORE)
         ),
         "a frame sent late by the client, p99": f"{1000 * _at(late, 99):.0f} ms",
+        "all opened in": f"{outcome.opening_s:.0f} s",
         "finals seen": str(len(added)),
         "endpoint to final, p50": f"{1000 * _at(added, 50):.0f} ms",
         "p95": f"{1000 * _at(added, 95):.0f} ms",
