@@ -67,6 +67,10 @@ bench-stream: setup ## live streams at their own pace, e.g. ARGS="--streams 8 --
 soak: setup ## an hour of live streams: memory, dropped finals, e.g. ARGS="--minutes 5 --streams 6"
 	@$(BIN)/python -m tests.benchmarks.soak $(ARGS)
 
+.PHONY: bench-density
+bench-density: setup ## as many live streams as one core carries, e.g. ARGS="--streams 300 --seconds 20"
+	@$(BIN)/python -m tests.benchmarks density $(ARGS)
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

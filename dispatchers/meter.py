@@ -62,6 +62,12 @@ class Meter:
     def accepted_ms(self) -> int:
         return to_ms(self.accepted_samples)
 
+    @property
+    def _due(self) -> bool:
+        """Whether a block is to be settled or the hold to be extended: once in many messages."""
+        lease = self._lease
+        return self.accepted_ms - lease.settled_ms >= BLOCK_MS or lease.held_ms - self.accepted_ms <= BLOCK_MS
+
     async def audio(self, source: AsyncIterator[StreamInput]) -> AsyncIterator[StreamInput]:
         """The source, up to what is held; ends early when `ended_by` is set."""
         async for item in source:
@@ -75,7 +81,8 @@ class Meter:
                     return
                 head, samples = samples[:room], samples[room:]
                 self.accepted_samples += len(head)
-                self._moved.set()
+                if self._due:
+                    self._moved.set()
                 yield Pcm(head)
 
     async def run(self, tell: Callable[[Used], Awaitable[None]]) -> None:

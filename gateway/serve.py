@@ -7,6 +7,7 @@ it with.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -92,6 +93,8 @@ async def _serve(
     async with open_gateway(settings) as (gateway, note):
         token = await _demo_token(gateway.resources) if embedded else None
         host, port = listener.getsockname()[:2]
+        gc.collect()
+        gc.freeze()  # what is here stays; looking through all of it again and again would hold up every stream
         announcement = Announcement(f"http://{host}:{port}", gateway.door.offers()[0].models[0], note, token)
         with _announced(settings, announcement):
             await _Server(

@@ -184,6 +184,7 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+LAG = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0)
 HUMAN = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 WAIT = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 SIZES = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
@@ -246,7 +247,7 @@ LEDGER_ROWS = _counter("ledger_rows", "Rows written to the ledger.", "backend")
 SETTLE_SECONDS = _histogram("settle_seconds", "Time the settling transaction took.", FAST)
 BUDGET_REFUSALS = _counter("budget_refusals", "Requests refused because a budget did not cover them.")
 
-LOOP_LAG_SECONDS = _histogram("event_loop_lag_seconds", "How late the event loop woke a sleeper.", FAST)
+LOOP_LAG_SECONDS = _histogram("event_loop_lag_seconds", "How late the event loop woke a sleeper.", LAG)
 Info("stenogate_build", "What is running.", registry=REGISTRY).info(
     {"version": version("stenogate"), "python": platform.python_version()}
 )

@@ -72,6 +72,7 @@ class LiveDecoder:
         self._wire = wire
         self._resampler = resampler
         self._half = b""
+        self._plain = wire in _PLAIN
 
     @classmethod
     async def open(cls, wire: Wire) -> LiveDecoder | ContainerDecoder:
@@ -85,14 +86,14 @@ class LiveDecoder:
         data = self._half + data
         whole = len(data) - len(data) % self._wire.sample_bytes
         self._half = data[whole:]
-        if self._wire in _PLAIN:
+        if self._plain:
             yield self._resampler.feed(data[:whole])
         else:
             yield await asyncio.to_thread(self._convert, data[:whole])
 
     async def flush(self) -> Samples:
         """What the resampling filter still holds."""
-        if self._wire in _PLAIN:
+        if self._plain:
             return self._resampler.flush()
         return await asyncio.to_thread(self._resampler.flush)
 

@@ -34,14 +34,14 @@ class Resampler:
 
     def feed(self, data: bytes) -> Samples:
         """What can be given out so far; the last few samples stay in the filter until the next call."""
-        from av import AudioFrame
-
         data = self._odd + data
         whole = len(data) - len(data) % self._sample_bytes
         self._odd = data[whole:]
         samples = np.frombuffer(data[:whole], dtype="<i2").astype(np.int16, copy=False)
         if self._converter is None or not len(samples):
             return shaped(samples, self._given)
+        from av import AudioFrame
+
         frame = AudioFrame.from_ndarray(samples[np.newaxis], format="s16", layout=self._layout)
         frame.sample_rate = self._rate
         return self._joined(self._converter.resample(frame))

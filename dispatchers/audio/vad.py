@@ -1,12 +1,10 @@
-"""Voice activity: the Silero model, run incrementally by onnxruntime and numpy, for many streams together.
+"""Voice activity: the Silero model, run incrementally for many streams together.
 
-The model file comes from the `silero-vad` wheel, whose own code (which needs torch) is never imported. Each call sees
-the last 64 samples of the frame before it: without them the model silently hears nothing.
+The model's weights come from the `silero-vad` wheel, whose own code (which needs torch) is never imported. Each call
+sees the last 64 samples of the frame before it: without them the model silently hears nothing.
 
-One thread serves every stream in rounds: it takes up to `_BATCH` pieces of audio that wait, a few frames of each, and
-runs the model over the first frames of all of them, then the second, and so on. A frame in a batch of 16 costs about
-two fifths of what it costs alone. Rounds start a little apart, so that batches fill when there are many streams; a
-lone stream never waits.
+One thread serves every stream in rounds: it takes up to `_BATCH` pieces of audio that wait and a few frames of each.
+Rounds start a little apart, so that batches fill when there are many streams; a lone stream never waits.
 """
 
 from __future__ import annotations
@@ -20,38 +18,33 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dispatchers.audio.silero import HIDDEN, WINDOW, Floats, Silero
 from dispatchers.errors import BackendUnavailable
-from dispatchers.interface import SAMPLE_RATE, Samples
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+from dispatchers.interface import Samples
 
 FRAME = 512
 """Samples per probability: 32 ms."""
 
 Probabilities: TypeAlias = NDArray[np.float32]
 
-_CONTEXT = 64
-_STATE = (2, 128)
+_CONTEXT = WINDOW - FRAME
 _MODEL = "silero_vad_16k_op15.onnx"
-_FULL_SCALE = np.float32(32_768)
-_RATE = np.array(SAMPLE_RATE, np.int64)
 
-_BATCH = 32
+_BATCH = 64
 _TURN = 4  # frames of one piece in a round: all of a message of 100 ms
-_APART_S = 0.008
+_APART_S = 0.012
 
 
 class SileroVad:
     """One loaded model, shared by every stream of the process. Its thread starts with the first audio."""
 
-    def __init__(self, session: InferenceSession):
-        self._session = session
+    def __init__(self, model: Silero):
+        self._model = model
         self._thread = ThreadPoolExecutor(1, "vad")
         self._lock = threading.Lock()
         self._waiting: deque[_Piece] = deque()  # at most one for each stream
@@ -60,16 +53,11 @@ class SileroVad:
 
     @classmethod
     def load(cls) -> SileroVad:
-        """Blocking (about 50 ms). Raises `BackendUnavailable` where the `vad` extra is not installed."""
+        """Blocking (a few ms). Raises `BackendUnavailable` where the `vad` extra is not installed."""
         spec = importlib.util.find_spec("silero_vad")
         if spec is None or not spec.submodule_search_locations:
             raise BackendUnavailable("Voice activity detection is not installed. Install the `vad` extra.")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        model = Path(spec.submodule_search_locations[0], "data", _MODEL)
-        return cls(onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]))
+        return cls(Silero.read(Path(spec.submodule_search_locations[0], "data", _MODEL)))
 
     def stream(self) -> VadStream:
         """A fresh state, for one stream of audio."""
@@ -120,17 +108,21 @@ class SileroVad:
 
     def _hear(self, batch: list[_Piece]) -> None:
         batch.sort(key=lambda piece: piece.left, reverse=True)  # those with fewer frames drop out at the end
-        turns = [min(piece.left, _TURN) for piece in batch]
+        turns = np.array([min(piece.left, _TURN) for piece in batch])
+        gates = self._model.gates(
+            np.concatenate([piece.windows(turn) for piece, turn in zip(batch, turns, strict=True)])
+        )
+        begins = np.cumsum(turns) - turns
         state = np.stack([piece.state for piece in batch], axis=1)
+        hidden = np.zeros((turns[0], len(batch), HIDDEN), np.float32)
         for step in range(turns[0]):
-            going = batch[: sum(turn > step for turn in turns)]
-            windows = np.stack([piece.window() for piece in going]) / _FULL_SCALE
-            inputs = {"input": windows, "state": np.ascontiguousarray(state[:, : len(going)]), "sr": _RATE}
-            probabilities, state[:, : len(going)] = self._session.run(None, inputs)
-            for piece, probability in zip(going, probabilities[:, 0], strict=True):
-                piece.said.append(probability)
+            going = int((turns > step).sum())
+            state[:, :going] = self._model.step(gates[begins[:going] + step], state[:, :going])
+            hidden[step, :going] = state[0, :going]
+        probabilities = self._model.probabilities(hidden)
         for at, piece in enumerate(batch):
-            piece.state = state[:, at].copy()
+            piece.said.append(probabilities[: turns[at], at])
+            piece.state = state[:, at]
 
 
 class VadStream:
@@ -138,7 +130,7 @@ class VadStream:
 
     def __init__(self, vad: SileroVad):
         self._vad = vad
-        self._state = np.zeros(_STATE, np.float32)
+        self._state = np.zeros((2, HIDDEN), np.float32)
         self._rest: Samples = np.zeros(_CONTEXT, np.int16)  # the context, then what has not filled a frame
 
     async def feed(self, samples: Samples) -> Probabilities:
@@ -152,8 +144,8 @@ class VadStream:
         piece = _Piece(heard, frames, self._state, asyncio.get_running_loop().create_future())
         self._vad.ask(piece)
         await piece.answer
-        self._state = piece.state
-        return np.array(piece.said, np.float32)
+        self._state = piece.state.copy()
+        return np.concatenate(piece.said)
 
 
 @dataclass(slots=True, eq=False)
@@ -162,18 +154,19 @@ class _Piece:
 
     heard: Samples
     frames: int
-    state: NDArray[np.float32]
+    state: Floats
     answer: asyncio.Future[None]
-    said: list[np.float32] = field(default_factory=list)
+    said: list[Probabilities] = field(default_factory=list)
 
     @property
     def left(self) -> int:
-        return self.frames - len(self.said)
+        return self.frames - sum(map(len, self.said))
 
-    def window(self) -> Samples:
-        """The next frame with its context."""
-        at = len(self.said) * FRAME
-        return self.heard[at : at + _CONTEXT + FRAME]
+    def windows(self, count: int) -> Samples:
+        """The next frames, each with its context."""
+        size = self.heard.itemsize
+        begin = (self.frames - self.left) * FRAME * size
+        return np.ndarray((count, WINDOW), np.int16, self.heard, begin, (FRAME * size, size))
 
 
 def _tell(pieces: list[_Piece], failure: Exception | None = None) -> None:

@@ -17,6 +17,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from gateway.errors import EdgeError, problem_response
 from gateway.live.pace import Pace
+from gateway.live.patience import Patience
 from runtime.errors import StenogateError
 
 MAX_FRAME_BYTES = 256 * 1024
@@ -105,6 +106,7 @@ class Frames:
         self.left = asyncio.Event()  # nothing more is to be done with it
         self._websocket = websocket
         self._pace = pace
+        self._patience = Patience()
         self._send_s = send_s
         self._sending: asyncio.Timeout | None = None
 
@@ -124,13 +126,13 @@ class Frames:
         """The next frame, when its turn has come. Raises `Idle`, `Gone` and what is wrong with the frame."""
         await self._pace.turn()
         try:
-            async with asyncio.timeout(timeout_s):
-                message = await self._websocket.receive()
+            message = await self._patience.wait(self._websocket.receive(), timeout_s)
         except TimeoutError:
             raise Idle from None
         if message["type"] == "websocket.disconnect":
             self.gone = True
             self.left.set()
+            self._patience.end()
             raise Gone(purpose=message.get("code") == LEFT)
         frame: str | bytes | None = message.get("bytes")
         frame = frame if frame is not None else message.get("text")
@@ -171,6 +173,7 @@ class Frames:
             self.gone = True
         finally:
             self.left.set()
+            self._patience.end()
 
     async def deny(self, error: StenogateError, request_id: str) -> None:
         """Refuses the upgrade with an HTTP status and a problem (ASGI's `websocket.http.response`)."""

@@ -40,6 +40,7 @@ class Intake:
 
     def __init__(self, wire: Wire, from_ms: int = 0):
         self._wire = wire
+        self._fixed_bytes_per_s = None if wire.contained else wire.bytes_per_s
         self.received_bytes = 0 if wire.rate is None else from_ms * wire.rate // 1000 * wire.sample_bytes
         self._taken_bytes = self.received_bytes
         self._taken_samples = from_ms * SAMPLES_PER_MS
@@ -52,7 +53,7 @@ class Intake:
     @property
     def received_ms(self) -> int:
         """Audio received, on the sender's clock; for a container an estimate."""
-        if self._wire.contained:
+        if self._fixed_bytes_per_s is None:
             return self.taken_ms + self.lag_ms
         return self._ms(self.received_bytes)
 
@@ -155,7 +156,9 @@ class Intake:
     @property
     def _bytes_per_s(self) -> int:
         """A container's as it was so far, once a second of it is known: within bounds, as it bounds what may wait."""
-        if not self._wire.contained or self._taken_samples < SAMPLE_RATE:
+        if self._fixed_bytes_per_s is not None:
+            return self._fixed_bytes_per_s
+        if self._taken_samples < SAMPLE_RATE:
             return self._wire.bytes_per_s
         return min(max(1, self._taken_bytes * SAMPLE_RATE // self._taken_samples), _MOST_BYTES_PER_S)
 

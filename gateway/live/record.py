@@ -56,9 +56,10 @@ class Record:
             self.seq += 1
             if before is not None:
                 await before(self.seq)
-            self._remember(Kept(self.seq, wire(again or message, self.seq)))
+            text = wire(message, self.seq)
+            self._remember(Kept(self.seq, text if again is None else wire(again, self.seq)))
             if self.frames is not None:
-                await self.frames.send(wire(message, self.seq))
+                await self.frames.send(text)
 
     def has_since(self, seq: int) -> bool:
         """Whether everything after message `seq` can be told again."""

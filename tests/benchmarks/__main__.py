@@ -1,5 +1,5 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
-`make bench-stream`: live streams at their own pace.
+`make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, fairness, memory, sounds, stream, together, words
+from tests.benchmarks import batch, density, fairness, memory, sounds, stream, together, words
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -25,9 +25,11 @@ FILES: dict[str, Callable[[Console], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("section", nargs="*", choices=[*FILES, "stream", []], help=f"default: {' '.join(FILES)}")
-    live = parser.add_argument_group("stream")
-    live.add_argument("--streams", type=int, nargs="+", default=[1, 8, 24], help="at once, a run for each number")
+    parser.add_argument(
+        "section", nargs="*", choices=[*FILES, "stream", "density", []], help=f"default: {' '.join(FILES)}"
+    )
+    live = parser.add_argument_group("stream and density")
+    live.add_argument("--streams", type=int, nargs="+", help="at once, a run for each number")
     live.add_argument("--seconds", type=float, default=28.0, help="of speech in each stream")
     live.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the server")
     live.add_argument("--events", type=Path, help="a file to add all that was heard to")
@@ -42,14 +44,19 @@ def main() -> None:
         console.rule(name, align="left")
         if name == "stream":
             settings = dict(pair.split("=", 1) for pair in given.set)
+            streams = given.streams or [1, 8, 24]
             if given.compare:
-                stream.compare(console, given.streams, given.seconds)
+                stream.compare(console, streams, given.seconds)
             elif given.fairness:
                 fairness.run(console, given.seconds, settings)
             elif given.words:
                 words.run(console, settings, given.samples)
             else:
-                stream.run(console, given.streams, given.seconds, settings, given.events)
+                stream.run(console, streams, given.seconds, settings, given.events)
+        elif name == "density":
+            density.run(
+                console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
+            )
         else:
             FILES[name](console)
 

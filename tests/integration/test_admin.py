@@ -105,7 +105,8 @@ async def test_it_tells_every_changeable_setting_with_class_source_and_bounds(se
     assert set(entries) == set(CHANGEABLE)
     assert entries["max_streams"] == {
         "name": "max_streams", "value": 7, "source": "environment", "change": "live", "default": 256,
-        "type": "integer", "minimum": 1, "maximum": 100_000, "description": "Live streams in one process; `per_channel`, each channel counts.",
+        "type": "integer", "minimum": 1, "maximum": 100_000,
+        "description": "Live streams in one process; `per_channel`, each channel counts.",
     }  # fmt: skip
     assert (entries["max_queue_wait_s"]["value"], entries["max_queue_wait_s"]["source"]) == (2, "override")
     assert entries["log_level"]["enum"] == ["debug", "info", "warning", "error"]
