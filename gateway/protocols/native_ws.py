@@ -119,6 +119,7 @@ class Native:
             "language": setup.options.language,
             "encoding": setup.wire.encoding,
             "sample_rate": setup.wire.rate,
+            "recorded": live.policy.body.keep_audio,
             "limits": {
                 "frame_bytes": MAX_FRAME_BYTES,
                 "ahead_ms": AHEAD_MS,

@@ -87,11 +87,12 @@ async def fetched(http: httpx.AsyncClient, session_id: str) -> Samples:
     return np.frombuffer(response.content[44:], "<i2")
 
 
-async def recorded(server: Served, tenant: Tenant, data: bytes, **start: Any) -> str:
+async def recorded(server: Served, tenant: Tenant, data: bytes, *, kept: bool = True, **start: Any) -> str:
     """A session that hears these bytes and ends; its id."""
     async with talking(server, server.token(tenant)) as talk:
         await talk.say("start", **start)
         ready = await talk.until("ready")
+        assert ready["recorded"] is kept
         await talk.speak(data)
         await talk.say("stop")
         assert await talk.end() == (1000, "")
@@ -202,7 +203,7 @@ async def test_nothing_is_kept_where_nothing_is_to_be(server: Served) -> None:
     samples, _ = clip("clip02.wav")
     before = on_disk(server)
     tenant = await server.tenant()
-    session_id = await recorded(server, tenant, samples.tobytes())
+    session_id = await recorded(server, tenant, samples.tobytes(), kept=False)
     async with server.http(server.token(tenant)) as http:
         assert (await session_of(http, session_id))["audio"] is None
         for method in ("GET", "DELETE"):

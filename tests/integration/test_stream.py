@@ -95,7 +95,7 @@ async def test_speech_becomes_text_while_it_is_spoken(server: Served, name: str)
     assert ready | {"session_id": "", "limits": {}, "resume_token": None} == {
         "type": "ready", "seq": 1, "session_id": "", "resumed": False, "resend_from_ms": 0, "resume_token": None,
         "backend": "self_hosted", "engine": "faster-whisper", "model": "micro", "language": "en",
-        "encoding": "pcm_s16le", "sample_rate": 16_000, "limits": {}, "accepted_ms": 0,
+        "encoding": "pcm_s16le", "sample_rate": 16_000, "recorded": False, "limits": {}, "accepted_ms": 0,
     }  # fmt: skip
     assert [word["word"] for word in final["words"]] == said.split()
     assert set(final["words"][0]) == {"word", "start_ms", "end_ms", "confidence"}
