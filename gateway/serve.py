@@ -110,7 +110,15 @@ async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str |
         lag = asyncio.create_task(watch_loop_lag(0.1))
         stack.callback(lag.cancel)
         gateway = Gateway(
-            settings, resources, opened.authenticator, opened.door, jobs, opened.catalogue, opened.queue_wait_s
+            settings,
+            resources,
+            opened.authenticator,
+            opened.door,
+            jobs,
+            opened.catalogue,
+            opened.queue_wait_s,
+            opened.engine_up,
+            opened.tell_figures,
         )
         stack.push_async_callback(gateway.roster.aclose)
         yield gateway, opened.model_note

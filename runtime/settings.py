@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,10 +11,19 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+FOREIGN = ("STENOGATE_", "PG", "AWS_", "GOOGLE_", "AZURE_")
+"""Beginnings of variables that are no business of an engine: our settings, and what opens databases and blob stores."""
+
 KIB = 1024
 MIB = 1024 * KIB
 SECOND_MS = 1000
 MINUTE_MS = 60 * SECOND_MS
+
+
+ENGINE_SETTINGS = (
+    *("model", "whisper_model", "model_cache_dir", "device", "compute_type", "shortest_window"),
+    *("engine_workers", "engine_queue", "engine_batch", "max_upload_bytes", "log_level", "log_format"),
+)
 
 
 class Settings(BaseSettings):
@@ -146,3 +156,11 @@ class Settings(BaseSettings):
         if url is not None and urlsplit(url.get_secret_value()).scheme not in ("postgres", "postgresql"):
             raise ValueError("must start with postgresql://")
         return url
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """The environment of an engine in a process of its own: ours, and of the settings those that are about it. No
+    secret is among them."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    chosen = {name: getattr(settings, name) for name in ENGINE_SETTINGS}
+    return inherited | {f"STENOGATE_{name.upper()}": str(value) for name, value in chosen.items() if value is not None}

@@ -127,7 +127,15 @@ async def serving(settings: Settings, *, recogniser: Dispatcher | None = None, *
             door = Door(resources.database, admission, opened.authenticator, {"self_hosted": recogniser})
         jobs = await stack.enter_async_context(open_jobs(resources, door))
         gateway = Gateway(
-            resources.settings, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s
+            resources.settings,
+            resources,
+            opened.authenticator,
+            door,
+            jobs,
+            opened.catalogue,
+            opened.queue_wait_s,
+            opened.engine_up,
+            opened.tell_figures,
         )
         stack.push_async_callback(gateway.roster.aclose)
         yield Served(gateway, await stack.enter_async_context(_listening(gateway)))
