@@ -23,7 +23,7 @@ from dispatchers.adapters.credence import Memory
 from dispatchers.adapters.utterance import Utterance
 from dispatchers.audio.segment import Ended, Segmenter, Started
 from dispatchers.audio.vad import SileroVad
-from dispatchers.errors import AudioError, BackendError
+from dispatchers.errors import AudioError, BackendError, BackendUnavailable
 from dispatchers.interface import (
     SAMPLE_RATE,
     SAMPLES_PER_MS,
@@ -60,7 +60,8 @@ class Segmenting:
     long as that took, so that a busy engine is asked less often. One that fails or comes too late is dropped: the final
     says what is true.
 
-    A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on.
+    A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on. Where the
+    recogniser is away, a partial's failure is told, too, without a gap and once an utterance: the final will be late.
     """
 
     def __init__(self, batch: Dispatcher, vad: SileroVad, *, partial_interval_ms: int = 250):
@@ -142,6 +143,7 @@ class _Stream:
         self._partial_due = 0  # in samples
         self._rest_until = 0.0  # on the loop's clock
         self._memory = Memory()
+        self._warned: _Heard | None = None
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end, answers all of it, and says how that went to whoever reads the events."""
@@ -256,8 +258,16 @@ class _Stream:
         """None where the recogniser failed."""
         try:
             return await self._batch.transcribe(heard.audio, self._memory.options(self._options, urgency))
+        except BackendUnavailable as away:
+            await self._warn(away)
+            return None
         except (BackendError, AudioError):
             return None
+
+    async def _warn(self, away: BackendUnavailable) -> None:
+        if self._warned is not self._current:
+            self._warned = self._current
+            await self._events.put(StreamError(away.code, away.message, away.retryable))
 
     # --- finals ---
 

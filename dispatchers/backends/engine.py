@@ -87,6 +87,8 @@ class EngineClient:
                 else:
                     segments.append(line.segment)
                     heard(line.segment)
+        if ending.wait_s is not None:
+            self._status = replace(self._status, wait_s=ending.wait_s)
         if ending.failure is not None:
             raise ending.failure.error()
         if ending.transcript is None:
@@ -176,7 +178,7 @@ async def _pieces(options: Options, audio: Samples) -> AsyncIterator[bytes]:
 async def _lines(answer: httpx.Response) -> AsyncIterator[wire.Line]:
     """The answer's lines. Raises `BackendFailed` for one that cannot be read."""
     rest = b""
-    async for chunk in answer.aiter_raw():
+    async for chunk in answer.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
         for line in filter(None, lines):
             try:

@@ -48,7 +48,9 @@ class EngineProcess:
         said = await self._said()
         while await said.read(1024):
             pass
-        return await asyncio.to_thread(self._process.wait)
+        status = await asyncio.to_thread(self._process.wait)
+        self.let_go()
+        return status
 
     async def end(self) -> None:
         """Has it end, and waits until it has."""

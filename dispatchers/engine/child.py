@@ -8,6 +8,7 @@ signals the whole group, must not take the models away from streams that are sti
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import uvicorn
@@ -34,6 +35,7 @@ def run(build: Callable[[], tuple[LocalBackend, str]], path: Path, *, max_upload
     Says one `Greeting` on stdout. `build` makes the backend, and a note on its default model."""
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.SIG_IGN)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its parent has told that it starts and ends
     greet = _greeter()
     note = ""
 
@@ -53,6 +55,8 @@ def run(build: Callable[[], tuple[LocalBackend, str]], path: Path, *, max_upload
             return 1
         finally:
             path.unlink(missing_ok=True)
+    with suppress(OSError):  # else it is the parent, who is still there, that has removed it, or does
+        path.parent.rmdir()
     return 0
 
 

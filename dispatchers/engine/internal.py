@@ -6,7 +6,7 @@ Unlike the public routes these take PCM as it is, and what only a gateway may sa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from tempfile import SpooledTemporaryFile
@@ -23,7 +23,7 @@ from dispatchers.backends.local import LocalBackend
 from dispatchers.engine import wire
 from dispatchers.engine.wire import Failure, Line, Status
 from dispatchers.errors import BackendFailed, OptionError
-from dispatchers.interface import Heard, Options, Samples, Transcript
+from dispatchers.interface import Options, Samples
 from runtime.errors import StenogateError
 from runtime.telemetry import ENGINE, exposition
 
@@ -40,7 +40,7 @@ def internal_routes(open_to: Callable[[Request], LocalBackend], most: int) -> li
     async def recognise(request: Request) -> Response:
         backend = open_to(request)
         options, samples = await _received(request.stream(), most)
-        return _Answer(lambda heard: backend.transcribe(samples, options, heard))
+        return _Answer(backend, samples, options)
 
     async def status(request: Request) -> Response:
         return Response(wire.dump_status(status_of(open_to(request))), media_type="application/json")
@@ -105,10 +105,11 @@ async def _next(body: AsyncIterator[bytes]) -> bytes:
 class _Answer(Response):
     """Lines while the work is done, and a heartbeat while it waits its turn. Who leaves cancels it."""
 
-    def __init__(self, work: Callable[[Heard], Awaitable[Transcript]]):
+    def __init__(self, backend: LocalBackend, samples: Samples, options: Options):
         super().__init__(media_type="application/x-ndjson")
         del self.headers["content-length"]
-        self._work = work
+        self._backend = backend
+        self._asked = samples, options
         self._lines: list[bytes] = []
         self._news = asyncio.Event()
 
@@ -136,10 +137,10 @@ class _Answer(Response):
 
     async def _worked(self) -> None:
         try:
-            transcript = await self._work(lambda segment: self._tell(Line(segment=segment)))
-            self._tell(Line(transcript=replace(transcript, segments=())))
+            transcript = await self._backend.transcribe(*self._asked, lambda segment: self._tell(Line(segment=segment)))
+            self._tell(Line(transcript=replace(transcript, segments=()), wait_s=self._backend.wait_s))
         except StenogateError as error:
-            self._tell(Line(failure=Failure.of(error)))
+            self._tell(Line(failure=Failure.of(error), wait_s=self._backend.wait_s))
         except Exception:
             log.exception("engine.failed")
             self._tell(Line(failure=Failure.of(BackendFailed())))

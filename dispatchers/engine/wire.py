@@ -97,11 +97,12 @@ class Failure:
 
 @validated.dataclass(frozen=True, slots=True, config=ConfigDict(ser_json_inf_nan="constants"))
 class Line:
-    """A line of an answer: one of the three."""
+    """A line of an answer: one of the three. `wait_s`, with the last two: see `Status`."""
 
     segment: Segment | None = None
     transcript: Transcript | None = None
     failure: Failure | None = None
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
