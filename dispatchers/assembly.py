@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.child import EngineChild
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.engine.wire import ModelCard
@@ -51,11 +52,18 @@ class _SelfHosted:
     tell_figures: Callable[[], Awaitable[None]] = _nothing
 
 
+def begin_engine(settings: Settings) -> EngineChild | None:
+    """Starts the engine's process, where there is to be one, ahead of the door: models load while a database starts.
+    It ends with this process, or with the door that is opened with it."""
+    return engine_child(settings) if settings.backend == "local" else None
+
+
 @asynccontextmanager
-async def open_door(resources: Resources) -> AsyncIterator[Opened]:
-    """The door of this process, its default model loaded. `model_note` says what `auto` chose, and why."""
+async def open_door(resources: Resources, engine: EngineChild | None = None) -> AsyncIterator[Opened]:
+    """The door of this process, its default model loaded, by `engine` if that has begun. `model_note` says what `auto`
+    chose, and why."""
     settings = resources.settings
-    async with _self_hosted(settings) as local:
+    async with _self_hosted(engine or begin_engine(settings)) as local:
         authenticator = Authenticator(
             resources.database,
             signing_key=resources.signing_key,
@@ -82,12 +90,11 @@ async def open_door(resources: Resources) -> AsyncIterator[Opened]:
 
 
 @asynccontextmanager
-async def _self_hosted(settings: Settings) -> AsyncIterator[_SelfHosted]:
+async def _self_hosted(child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
     """The models, in a child process, or what answers in their place."""
-    if settings.backend == "scripted":
+    if child is None:
         yield _SelfHosted(Scripted(), "no model: a scripted answer, for smoke tests")
         return
-    child = engine_child(settings)
     try:
         note = await child.start()
         yield _SelfHosted(child, note, child.catalogue, lambda: child.wait_s, lambda: child.up, child.tell_figures)

@@ -157,13 +157,16 @@ async def test_its_figures_stand_among_ours(child: EngineChild) -> None:
 
 def test_its_environment_has_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("STENOGATE_DATABASE_URL", "PGPASSWORD", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS"):
-        monkeypatch.setenv(name, "a secret")
+        monkeypatch.setenv(name, "hush-hush")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     settings = Settings(
-        database_url="postgresql://u:a-secret@h/d", signing_key="a-secret" * 8, engine_token="a secret", model="micro"
+        database_url="postgresql://u:hush-hush@h/d",
+        signing_key="hush-hush" * 8,
+        engine_token="hush-hush",
+        model="micro",
     )
     found = engine_environment(settings)
-    assert not any("secret" in value for value in found.values())
+    assert not any("hush" in value for value in found.values())
     assert (found["STENOGATE_MODEL"], found["CUDA_VISIBLE_DEVICES"]) == ("micro", "1")
     assert "STENOGATE_SHORTEST_WINDOW" not in found
 
