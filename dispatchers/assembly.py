@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
-from dispatchers.backends.local import ModelCard
+from dispatchers.backends.child import EngineChild
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
+from dispatchers.engine.wire import ModelCard
 from dispatchers.interface import Dispatcher
-from dispatchers.local import choose_model, local_backend
+from dispatchers.local import engine_child
 from dispatchers.recorder import Recorder
 from policy.admission import Admission
 from policy.identity import Authenticator
 from policy.jwks import KeySets
 from runtime.resources import Resources
 from runtime.settings import Settings
-from runtime.telemetry import QUEUE_DEPTH, QUEUE_RUNNING
+
+
+async def _nothing() -> None:
+    """There is no other process."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A door and what stands behind it. `queue_wait_s`: about how long live work that came now would wait."""
+    """A door and what stands behind it. `queue_wait_s`: about how long live work that came now would wait;
+    `engine_up`: whether the models are there; `tell_figures` brings their process' numbers among ours."""
 
     door: Door
     authenticator: Authenticator
@@ -34,45 +39,71 @@ class Opened:
     model_note: str | None
     queue_wait_s: Callable[[], float]
     recorder: Recorder
+    engine_up: Callable[[], bool]
+    tell_figures: Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class _SelfHosted:
+    """What stands behind `self_hosted`."""
+
+    backend: Dispatcher
+    note: str
+    catalogue: Callable[[], tuple[ModelCard, ...]] = tuple
+    queue_wait_s: Callable[[], float] = lambda: 0.0
+    engine_up: Callable[[], bool] = lambda: True
+    tell_figures: Callable[[], Awaitable[None]] = _nothing
+
+
+def begin_engine(settings: Settings) -> EngineChild | None:
+    """Starts the engine's process, where there is to be one, ahead of the door: models load while a database starts.
+    It ends with this process, or with the door that is opened with it."""
+    return engine_child(settings) if settings.backend == "local" else None
 
 
 @asynccontextmanager
-async def open_door(resources: Resources) -> AsyncIterator[Opened]:
-    """The door of this process, its default model loaded. `model_note` says what `auto` chose, and why."""
+async def open_door(resources: Resources, engine: EngineChild | None = None) -> AsyncIterator[Opened]:
+    """The door of this process, its default model loaded, by `engine` if that has begun. `model_note` says what `auto`
+    chose, and why."""
     settings = resources.settings
-    authenticator = Authenticator(
-        resources.database,
-        signing_key=resources.signing_key,
-        issuer=settings.issuer,
-        audience=settings.audience,
-        jwks=KeySets(allow_http=settings.jwks_allow_http),
-    )
-    backend, catalogue, note, wait_s = await _self_hosted(settings)
-    vad = await asyncio.to_thread(SileroVad.load)
-    segmenting = Segmenting(backend, vad, most_speaking=settings.max_speaking)
-    backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(segmenting)}
-    admission = Admission(resources.database, resources.coordination)
-    recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")
+    async with _self_hosted(engine or begin_engine(settings)) as local:
+        authenticator = Authenticator(
+            resources.database,
+            signing_key=resources.signing_key,
+            issuer=settings.issuer,
+            audience=settings.audience,
+            jwks=KeySets(allow_http=settings.jwks_allow_http),
+        )
+        vad = await asyncio.to_thread(SileroVad.load)
+        segmenting = Segmenting(local.backend, vad, most_speaking=settings.max_speaking)
+        backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(segmenting)}
+        admission = Admission(resources.database, resources.coordination)
+        recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")
+        try:
+            yield Opened(
+                Door(resources.database, admission, authenticator, backends, recorder),
+                authenticator,
+                local.catalogue,
+                local.note,
+                local.queue_wait_s,
+                recorder,
+                local.engine_up,
+                local.tell_figures,
+            )
+        finally:
+            await recorder.aclose()
+            vad.close()
+            await authenticator.aclose()
+
+
+@asynccontextmanager
+async def _self_hosted(child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
+    """The models, in a child process, or what answers in their place."""
+    if child is None:
+        yield _SelfHosted(Scripted(), "no model: a scripted answer, for smoke tests")
+        return
     try:
-        door = Door(resources.database, admission, authenticator, backends, recorder)
-        yield Opened(door, authenticator, catalogue, note, wait_s, recorder)
+        note = await child.start()
+        yield _SelfHosted(child, note, child.catalogue, lambda: child.wait_s, lambda: child.up, child.tell_figures)
     finally:
-        await recorder.aclose()
-        for dispatcher in backends.values():
-            await dispatcher.aclose()
-        vad.close()
-        await authenticator.aclose()
-
-
-async def _self_hosted(
-    settings: Settings,
-) -> tuple[Dispatcher, Callable[[], tuple[ModelCard, ...]], str, Callable[[], float]]:
-    """What stands behind `self_hosted`, its models, why this default, and how long live work would wait for it."""
-    if settings.backend == "scripted":
-        return Scripted(), tuple, "no model: a scripted answer, for smoke tests", lambda: 0.0  # it has no queue
-    chosen = await asyncio.to_thread(choose_model, settings)
-    backend = local_backend(settings, chosen)
-    QUEUE_DEPTH.set_function(lambda: backend.waiting)
-    QUEUE_RUNNING.set_function(lambda: backend.running)
-    await backend.warm()
-    return backend, backend.catalogue, chosen.reason, lambda: backend.wait_s
+        await child.aclose()

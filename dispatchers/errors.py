@@ -6,7 +6,7 @@ DispatchError
 ├── OptionError           what was asked of the recogniser
 │   ├── UnknownModel · UnsupportedOption
 └── BackendError          the recogniser; another backend may do better
-    ├── BackendUnavailable · BackendTimeout · BackendFailed · Overloaded · Superseded
+    ├── BackendUnavailable (EngineLost) · BackendTimeout · BackendFailed · Overloaded · Superseded
     └── BackendRefused
 """
 
@@ -84,6 +84,10 @@ class BackendUnavailable(BackendError):
     """No backend that the policy allows is available now. Try again shortly."""
 
     code = "BACKEND_UNAVAILABLE"
+
+
+class EngineLost(BackendUnavailable):
+    """The engine ended while it was at this. It is being started again; try again shortly."""
 
 
 class BackendTimeout(BackendError):

@@ -1,16 +1,18 @@
-"""The local backend as the settings want it."""
+"""The local engine as the settings want it: in this process, or in a child of it."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 
 import structlog
 
+from dispatchers.backends.child import EngineChild
 from dispatchers.backends.local import LocalBackend
 from dispatchers.engine.models import Resolved, resolve
 from dispatchers.errors import BackendUnavailable
-from runtime.settings import Settings
+from runtime.settings import Settings, engine_environment
 
 log = structlog.get_logger()
 
@@ -41,3 +43,8 @@ def local_backend(settings: Settings, chosen: Resolved) -> LocalBackend:
         batch_limit=settings.engine_batch or None,
         queue_limit=settings.engine_queue,
     )
+
+
+def engine_child(settings: Settings) -> EngineChild:
+    """The local backend in a child process, which has just been started."""
+    return EngineChild([sys.executable, "-m", "dispatchers.engine"], engine_environment(settings))

@@ -23,8 +23,8 @@ async def livez(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """503 while Postgres cannot be reached, and once the process has been asked to end. The models' states are
-    told, and do not decide: an engine that loads or is down elsewhere is no reason to take every gateway out."""
+    """503 while Postgres cannot be reached or the engine's process is away, and once the process has been asked to end.
+    The states of single models are told, and do not decide."""
     gateway = gateway_of(request)
     models = {card.name: card.status for card in gateway.catalogue()}
     if gateway.roster.draining:
@@ -36,17 +36,22 @@ async def readyz(request: Request) -> Response:
         log.warning("health.database_unreachable", error=type(exc).__name__)
         checks = {"database": "unreachable", "models": models}
         return JSONResponse({"status": "not_ready", "checks": checks}, 503, {"retry-after": "5"})
-    return JSONResponse({"status": "ready", "checks": {"database": "ok", "models": models}})
+    checks = {"database": "ok", "engine": "ok" if gateway.engine_up() else "away", "models": models}
+    if not gateway.engine_up():
+        return JSONResponse({"status": "not_ready", "checks": checks}, 503, {"retry-after": "5"})
+    return JSONResponse({"status": "ready", "checks": checks})
 
 
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
+    await gateway_of(request).tell_figures()
     body, content_type = exposition()
     return Response(body, media_type=content_type)
 
 
 async def metrics_json(request: Request) -> Response:
     """The same figures for people and scripts."""
+    await gateway_of(request).tell_figures()
     return JSONResponse(as_json())
 
 

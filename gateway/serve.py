@@ -19,7 +19,8 @@ from types import FrameType
 import uvicorn
 import uvloop
 
-from dispatchers.assembly import open_door
+from dispatchers.assembly import begin_engine, open_door
+from dispatchers.backends.child import EngineChild
 from gateway.app import create_app
 from gateway.demo_tenant import DEMO, ensure_demo_tenant
 from gateway.live.gauges import tell_metrics
@@ -51,8 +52,10 @@ def serve(settings: Settings, announce: Callable[[Announcement], None]) -> None:
     """Serves until SIGINT or SIGTERM. Blocking; for the main thread. Raises `OSError` when the port is taken."""
     configure_logging(settings.log_level, settings.log_format)
     embedded = settings.database_url is None
-    with _listening(settings) as listener, with_database(settings) as completed:
-        uvloop.run(_serve(completed, listener, announce, embedded=embedded))
+    with _listening(settings) as listener:
+        engine = begin_engine(settings)
+        with with_database(settings) as completed:
+            uvloop.run(_serve(completed, listener, announce, engine, embedded=embedded))
 
 
 class _Server(uvicorn.Server):
@@ -88,9 +91,14 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(
-    settings: Settings, listener: socket.socket, announce: Callable[[Announcement], None], *, embedded: bool
+    settings: Settings,
+    listener: socket.socket,
+    announce: Callable[[Announcement], None],
+    engine: EngineChild | None,
+    *,
+    embedded: bool,
 ) -> None:
-    async with open_gateway(settings) as (gateway, note):
+    async with open_gateway(settings, engine) as (gateway, note):
         token = await _demo_token(gateway.resources) if embedded else None
         host, port = listener.getsockname()[:2]
         gc.collect()
@@ -105,18 +113,29 @@ async def _serve(
 
 
 @asynccontextmanager
-async def open_gateway(settings: Settings) -> AsyncIterator[tuple[Gateway, str | None]]:
-    """Everything a gateway process holds, its default model loaded, and what `auto` has to say about that model."""
+async def open_gateway(
+    settings: Settings, engine: EngineChild | None = None
+) -> AsyncIterator[tuple[Gateway, str | None]]:
+    """Everything a gateway process holds, its default model loaded (by `engine`, if that has begun), and what `auto`
+    has to say about that model."""
     async with AsyncExitStack() as stack:
         resources = await stack.enter_async_context(open_resources(settings))
-        opened = await stack.enter_async_context(open_door(resources))
+        opened = await stack.enter_async_context(open_door(resources, engine))
         jobs = await stack.enter_async_context(open_jobs(resources, opened.door))
         await asyncio.to_thread(sweep, settings.data_dir / "uploads")
         lag = asyncio.create_task(watch_loop_lag(0.1))
         stack.callback(lag.cancel)
         live = await stack.enter_async_context(live_settings(resources))
         gateway = Gateway(
-            live, resources, opened.authenticator, opened.door, jobs, opened.catalogue, opened.queue_wait_s
+            live,
+            resources,
+            opened.authenticator,
+            opened.door,
+            jobs,
+            opened.catalogue,
+            opened.queue_wait_s,
+            opened.engine_up,
+            opened.tell_figures,
         )
         tell_metrics(gateway)
         stack.push_async_callback(gateway.roster.aclose)

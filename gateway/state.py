@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -18,13 +18,14 @@ from runtime.settings import Settings
 from workers.jobs import Jobs
 
 if TYPE_CHECKING:
-    from dispatchers.backends.local import ModelCard
+    from dispatchers.engine.wire import ModelCard
 
 
 @dataclass(frozen=True)
 class Gateway:
     """Open parts, shared by every request. `live_settings` change while it runs; `catalogue` tells the models of this
-    installation, its default first; `queue_wait_s` about how long live work that came now would wait for the engine."""
+    installation, its default first; `queue_wait_s` about how long live work that came now would wait for the engine,
+    `engine_up` whether it is there; `tell_figures` brings its numbers among ours."""
 
     live_settings: LiveSettings
     resources: Resources
@@ -33,6 +34,8 @@ class Gateway:
     jobs: Jobs
     catalogue: Callable[[], tuple[ModelCard, ...]]
     queue_wait_s: Callable[[], float]
+    engine_up: Callable[[], bool]
+    tell_figures: Callable[[], Awaitable[None]]
     decoder: Decoder = field(default_factory=Decoder)
     roster: Roster = field(default_factory=Roster)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -11,6 +12,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, field_validator
 from pydantic.config import JsonDict
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+FOREIGN = ("STENOGATE_", "PG", "AWS_", "GOOGLE_", "AZURE_")
+"""Beginnings of variables that are no business of an engine: our settings, and what opens databases and blob stores."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -24,6 +28,12 @@ Change: TypeAlias = Literal["live", "new_sessions", "start"]
 
 LIVE: JsonDict = {"change": "live"}
 NEW_SESSIONS: JsonDict = {"change": "new_sessions"}
+
+
+ENGINE_SETTINGS = (
+    *("model", "whisper_model", "model_cache_dir", "device", "compute_type", "shortest_window"),
+    *("engine_workers", "engine_queue", "engine_batch", "max_upload_bytes", "log_level", "log_format"),
+)
 
 
 class Settings(BaseSettings):
@@ -226,3 +236,11 @@ def change_of(name: str) -> Change:
 
 CHANGEABLE = tuple(name for name in Settings.model_fields if change_of(name) != "start")
 """What an operator may change while gateways run; everything else is read once, at the start."""
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """The environment of an engine in a process of its own: ours, and of the settings those that are about it. No
+    secret is among them."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    chosen = {name: getattr(settings, name) for name in ENGINE_SETTINGS}
+    return inherited | {f"STENOGATE_{name.upper()}": str(value) for name, value in chosen.items() if value is not None}

@@ -13,7 +13,7 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from datetime import date
 from decimal import Decimal
 from importlib.metadata import version
@@ -25,6 +25,8 @@ import prometheus_client
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 # --- logs ---------------------------------------------------------------------------------------------------------
 
@@ -183,6 +185,24 @@ prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
+ENGINE = CollectorRegistry()
+"""What only the process with the models can count."""
+
+
+class _EngineFigures(Collector):
+    """The engine's numbers among all others: this process' own or, where the models are in another, what that one told
+    last."""
+
+    def __init__(self) -> None:
+        self.told: str | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        return ENGINE.collect() if self.told is None else text_string_to_metric_families(self.told)
+
+
+ENGINE_FIGURES = _EngineFigures()
+REGISTRY.register(ENGINE_FIGURES)
+
 FAST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 LAG = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 1.0)
 HUMAN = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
@@ -191,16 +211,18 @@ SIZES = (1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
 LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
-def _counter(name: str, meaning: str, *labels: str) -> Counter:
-    return Counter(f"stenogate_{name}", meaning, labels, registry=REGISTRY)
+def _counter(name: str, meaning: str, *labels: str, registry: CollectorRegistry = REGISTRY) -> Counter:
+    return Counter(f"stenogate_{name}", meaning, labels, registry=registry)
 
 
-def _gauge(name: str, meaning: str, *labels: str) -> Gauge:
-    return Gauge(f"stenogate_{name}", meaning, labels, registry=REGISTRY)
+def _gauge(name: str, meaning: str, *labels: str, registry: CollectorRegistry = REGISTRY) -> Gauge:
+    return Gauge(f"stenogate_{name}", meaning, labels, registry=registry)
 
 
-def _histogram(name: str, meaning: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-    return Histogram(f"stenogate_{name}", meaning, labels, buckets=buckets, registry=REGISTRY)
+def _histogram(
+    name: str, meaning: str, buckets: tuple[float, ...], *labels: str, registry: CollectorRegistry = REGISTRY
+) -> Histogram:
+    return Histogram(f"stenogate_{name}", meaning, labels, buckets=buckets, registry=registry)
 
 
 REQUESTS = _counter("requests", "Requests answered.", "method", "route", "status")
@@ -226,14 +248,19 @@ FIRST_PARTIAL_SECONDS = _histogram(
 )
 FINAL_SECONDS = _histogram("speech_end_to_final_seconds", "From the last speech of an utterance to its final.", HUMAN)
 
-QUEUE_DEPTH = _gauge("queue_depth", "Recognitions waiting for a worker of this process.")
-QUEUE_RUNNING = _gauge("queue_running", "Recognitions running in this process.")
-QUEUE_SECONDS = _histogram("queue_seconds", "Time recognitions waited for a worker.", WAIT, "urgency")
-BATCH_SIZE = _histogram("batch_size", "Recognitions that a worker took at once.", SIZES)
-COALESCED_PARTIALS = _counter("coalesced_partials", "Waiting partials whose place a newer one took.")
-DROPPED_PARTIALS = _counter("dropped_partials", "Waiting partials that came too late.")
-RECOGNITION_SECONDS = _histogram("recognition_seconds", "Time a model took for one piece of audio.", LONG, "model")
-RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model")
+QUEUE_DEPTH = _gauge("queue_depth", "Recognitions waiting for a worker of this engine.", registry=ENGINE)
+QUEUE_RUNNING = _gauge("queue_running", "Recognitions running in this engine.", registry=ENGINE)
+QUEUE_SECONDS = _histogram("queue_seconds", "Time recognitions waited for a worker.", WAIT, "urgency", registry=ENGINE)
+BATCH_SIZE = _histogram("batch_size", "Recognitions that a worker took at once.", SIZES, registry=ENGINE)
+COALESCED_PARTIALS = _counter("coalesced_partials", "Waiting partials whose place a newer one took.", registry=ENGINE)
+DROPPED_PARTIALS = _counter("dropped_partials", "Waiting partials that came too late.", registry=ENGINE)
+RECOGNITION_SECONDS = _histogram(
+    "recognition_seconds", "Time a model took for one piece of audio.", LONG, "model", registry=ENGINE
+)
+RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model", registry=ENGINE)
+
+ENGINE_UP = _gauge("engine_up", "Whether the engine's process is ready for work.")
+ENGINE_RESTARTS = _counter("engine_restarts", "Starts of the engine's process after it had ended by itself.")
 
 JOBS = _gauge("jobs", "Jobs by state.", "state")
 
@@ -253,9 +280,9 @@ Info("stenogate_build", "What is running.", registry=REGISTRY).info(
 )
 
 
-def exposition() -> tuple[bytes, str]:
+def exposition(registry: CollectorRegistry = REGISTRY) -> tuple[bytes, str]:
     """Every number in Prometheus' text format, and its content type."""
-    return prometheus_client.generate_latest(REGISTRY), prometheus_client.CONTENT_TYPE_LATEST
+    return prometheus_client.generate_latest(registry), prometheus_client.CONTENT_TYPE_LATEST
 
 
 def as_json() -> dict[str, Any]:

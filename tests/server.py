@@ -132,7 +132,17 @@ async def serving(
             )
         jobs = await stack.enter_async_context(open_jobs(resources, door))
         live = await stack.enter_async_context(live_settings(resources, poll_s=poll_s))
-        gateway = Gateway(live, resources, opened.authenticator, door, jobs, opened.catalogue, opened.queue_wait_s)
+        gateway = Gateway(
+            live,
+            resources,
+            opened.authenticator,
+            door,
+            jobs,
+            opened.catalogue,
+            opened.queue_wait_s,
+            opened.engine_up,
+            opened.tell_figures,
+        )
         stack.push_async_callback(gateway.roster.aclose)
         yield Served(gateway, await stack.enter_async_context(_listening(gateway)))
 

@@ -33,7 +33,7 @@ from dispatchers.adapters.telling import Telling
 from dispatchers.adapters.utterance import Utterance
 from dispatchers.audio.segment import Ended, Segmenter, Started
 from dispatchers.audio.vad import SileroVad
-from dispatchers.errors import AudioError, BackendError, Superseded
+from dispatchers.errors import AudioError, BackendError, BackendUnavailable, Superseded
 from dispatchers.interface import (
     SAMPLE_RATE,
     Capabilities,
@@ -56,6 +56,7 @@ from dispatchers.interface import (
     ignore,
     to_ms,
 )
+from runtime.errors import StenogateError
 from runtime.telemetry import SPEAKERS_LIMITED
 
 _FINALS_WAITING = 4
@@ -72,7 +73,8 @@ class Segmenting:
     all, None: any number; `Options.max_speaking` of one share), those who began last get their finals only, and a
     `Notice`, until a place is free.
 
-    A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on.
+    A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on. Where the
+    recogniser is away, a partial's failure is told, too, without a gap and once an utterance: the final will be late.
     """
 
     def __init__(self, batch: Dispatcher, vad: SileroVad, *, most_speaking: int | None = None):
@@ -135,6 +137,7 @@ class _Stream:
         self._asked: set[asyncio.Task[None]] = set()  # hypotheses of the current utterance
         self._cadence = Cadence(options.partial_interval_ms, asyncio.get_running_loop().time)
         self._memory = Memory()
+        self._warned: _Heard | None = None
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end and answers all of it."""
@@ -234,9 +237,10 @@ class _Stream:
             transcript = await self._batch.transcribe(heard.audio, self._memory.options(self._options, "partial"))
         except Superseded:
             utterance.coalesced += 1
-        except (BackendError, AudioError):
+        except (BackendError, AudioError) as error:
             self._cadence.rest()
             utterance.dropped += 1
+            await self._warn(error)
         else:
             self._cadence.rest()
             self._asked.clear()  # no longer to be cancelled: what is told is told whole
@@ -254,6 +258,12 @@ class _Stream:
             task.cancel()
         self._asked.clear()
 
+    async def _warn(self, error: StenogateError) -> None:
+        """Tells that the recogniser is away, if it is that."""
+        if isinstance(error, BackendUnavailable) and self._warned is not self._current:
+            self._warned = self._current
+            await self._out.put(StreamError(error.code, error.message, error.retryable))
+
     # --- finals ---
 
     async def _answer(self) -> None:
@@ -269,7 +279,8 @@ class _Stream:
         """None where the recogniser failed."""
         try:
             return await self._batch.transcribe(heard.audio, self._memory.options(self._options, "final"))
-        except (BackendError, AudioError):
+        except (BackendError, AudioError) as error:
+            await self._warn(error)
             return None
 
     def _begin_final(self, tasks: asyncio.TaskGroup) -> None:

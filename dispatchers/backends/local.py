@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from dispatchers.engine.interface import Engine, Recognised
 from dispatchers.engine.models import KNOWN, MICRO, ModelSpec, fetch, is_cached
 from dispatchers.engine.scheduler import Scheduler, Seat
+from dispatchers.engine.wire import ModelCard, ModelStatus
 from dispatchers.errors import (
     BackendFailed,
     BackendTimeout,
@@ -44,18 +44,7 @@ _PATIENCE_S = 60.0
 _SLOWEST = 20.0
 """A transcription may take a minute and twenty times as long as its audio before it counts as hung."""
 
-Status = Literal["available", "cached", "loading", "ready", "failed"]
 Load = Callable[[ModelSpec], Engine]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """A model that this backend answers to. `available`: shipped or installed; `cached`: downloaded; neither loaded."""
-
-    name: str
-    engine: str
-    default: bool
-    status: Status
 
 
 @dataclass(slots=True)
@@ -322,7 +311,7 @@ class LocalBackend:
                 return
         raise Overloaded("Too many models are at work. Try again in a few seconds.", retry_after_s=5)
 
-    def _status(self, spec: ModelSpec) -> Status:
+    def _status(self, spec: ModelSpec) -> ModelStatus:
         if spec.name in self._loaded:
             return "ready"
         if spec.name in self._loads:

@@ -37,13 +37,22 @@ def run(build: Callable[[], LocalBackend], *, host: str, port: int, token: str |
         uvloop.run(serve(server, listener))
 
 
-async def serve(server: EngineServer, listener: socket.socket) -> None:
-    """Serves on an open socket until a signal comes or the loading fails, which is then raised."""
-    http = uvicorn.Server(uvicorn_config(server))
+async def serve(
+    server: EngineServer,
+    listener: socket.socket,
+    http: uvicorn.Server | None = None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serves on an open socket until a signal comes or the loading fails, which is then raised; `ready` is called when
+    it has succeeded."""
+    http = http or uvicorn.Server(uvicorn_config(server))
     loading = asyncio.create_task(server.load())
 
     def loaded(task: asyncio.Task[None]) -> None:
-        http.should_exit = http.should_exit or task.cancelled() or task.exception() is not None
+        if task.cancelled() or task.exception() is not None:
+            http.should_exit = True
+        else:
+            ready()
 
     loading.add_done_callback(loaded)
     try:

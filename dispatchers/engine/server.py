@@ -27,6 +27,7 @@ from dispatchers.audio.decode import spool
 from dispatchers.backends.local import LocalBackend
 from dispatchers.deltas import Deltas
 from dispatchers.engine.form import Asked, read, received
+from dispatchers.engine.internal import internal_routes
 from dispatchers.engine.scheduler import Scheduler
 from dispatchers.errors import (
     AudioError,
@@ -98,6 +99,7 @@ class EngineServer:
             Route("/livez", _livez),
             Route("/readyz", self._readyz),
             Route("/metrics", _metrics),
+            *internal_routes(self._for_gateways, self._max_upload_bytes),
         ]
         handlers: dict[Any, Any] = {
             DispatchError: _refused,
@@ -151,6 +153,10 @@ class EngineServer:
         if self._backend is None or not self._ready:
             raise BackendUnavailable("The model is still being loaded. Try again shortly.", retry_after_s=5)
         return self._backend
+
+    def _for_gateways(self, request: Request) -> LocalBackend:
+        self._authorise(request)
+        return self._loaded()
 
     async def _received(self, request: Request) -> tuple[Asked, Samples]:
         """What is asked, and of which audio. The samples are mapped, so that hours of them cost no memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -15,34 +15,54 @@ from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.models import MICRO
 from dispatchers.interface import Dispatcher, Samples
+from dispatchers.local import engine_child
+from runtime.settings import Settings
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
 
-def scripted() -> Dispatcher:
+async def scripted() -> Dispatcher:
     return Scripted()
 
 
-def local() -> Dispatcher:
+async def local() -> Dispatcher:
     return LocalBackend(MICRO, workers=1)
 
 
-def streaming(batch: Callable[[], Dispatcher]) -> Callable[[], Dispatcher]:
-    return lambda: Segmenting(batch(), SileroVad.load())
+async def child() -> Dispatcher:
+    started = engine_child(Settings(model="micro", engine_workers=1))
+    await started.start()
+    return started
 
 
-MAKERS: dict[str, Callable[[], Dispatcher]] = {
+def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
+    async def segmenting() -> Dispatcher:
+        return Segmenting(await batch(), SileroVad.load())
+
+    return segmenting
+
+
+def per_channel(within: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
+    async def apart() -> Dispatcher:
+        return PerChannel(await within())
+
+    return apart
+
+
+MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "scripted": scripted,
     "local": local,
+    "child": child,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
-    "per channel scripted": lambda: PerChannel(streaming(scripted)()),
+    "segmenting child": streaming(child),
+    "per channel scripted": per_channel(streaming(scripted)),
 }
 
 
 @pytest.fixture(scope="module", params=MAKERS)
 async def dispatcher(request: pytest.FixtureRequest) -> AsyncIterator[Dispatcher]:
-    made = MAKERS[request.param]()
+    made = await MAKERS[request.param]()
     yield made
     await made.aclose()
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import dispatchers.engine
-from dispatchers.backends.local import LocalBackend, ModelCard
+from dispatchers.backends.local import LocalBackend
 from dispatchers.engine.interface import Engine, Recognised
 from dispatchers.engine.meeting import Meeting
 from dispatchers.engine.models import KNOWN, MICRO, POCKETSPHINX, ModelSpec
+from dispatchers.engine.wire import ModelCard
 from dispatchers.errors import (
     BackendFailed,
     BackendTimeout,
