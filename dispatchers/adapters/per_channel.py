@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
+from dispatchers.adapters.outbox import Outbox
 from dispatchers.interface import (
     Capabilities,
     Cleared,
@@ -37,8 +38,6 @@ from dispatchers.interface import (
     ignore,
 )
 
-_EVENTS_WAITING = 64
-
 
 class PerChannel:
     """The dispatcher within, which may now also be asked for streams of several `Options.channels`. One stream within
@@ -62,31 +61,12 @@ class PerChannel:
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         if options.channels == 1:
             return self._within.stream(audio, options)
-        return _streaming(_Channels(self._within, options), audio)
+        out = Outbox()
+        channels = _Channels(self._within, options, out)
+        return out.filled_by(lambda: channels.run(audio))
 
     async def aclose(self) -> None:
         await self._within.aclose()
-
-
-@dataclass(frozen=True, slots=True)
-class _Stopped:
-    """The last thing in the queue of events: the stream's end, or what ended it."""
-
-    failure: BaseException | None = None
-
-
-@asynccontextmanager
-async def _streaming(channels: _Channels, audio: AsyncIterator[StreamInput]) -> AsyncIterator[AsyncIterator[Event]]:
-    """Everything the channels run lives in one task, which ends before this does. Its failure is raised where the
-    events are read, as itself."""
-    task = asyncio.create_task(channels.run(audio))
-    events = channels.read()
-    try:
-        yield events
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-        await events.aclose()
 
 
 class _Feed:
@@ -114,34 +94,22 @@ class _Feed:
 class _Channels:
     """The state of one stream of several channels."""
 
-    def __init__(self, within: Dispatcher, options: Options):
+    def __init__(self, within: Dispatcher, options: Options, out: Outbox):
         self._within = within
         self._options = replace(options, channels=1)
+        self._out = out
         self._feeds = [_Feed() for _ in range(options.channels)]
-        self._events: asyncio.Queue[tuple[int, Event] | _Stopped] = asyncio.Queue(_EVENTS_WAITING)
         self._answers = [Counter[type[Event]]() for _ in self._feeds]  # echoes of commands
         self._numbers = [dict[int, int]() for _ in self._feeds]  # of each channel's utterances under way
         self._utterances = 0
         self._notices: set[Notice] = set()
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
-        """Reads the input to its end, has all of it answered, and says how that went to whoever reads the events."""
-        stopped = _Stopped()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._split(audio))
-                for channel in range(len(self._feeds)):
-                    tasks.create_task(self._hear(channel))
-        except BaseExceptionGroup as group:
-            stopped = _Stopped(group.exceptions[0])
-        await self._events.put(stopped)
-
-    async def read(self) -> AsyncGenerator[Event, None]:
-        while not isinstance(said := await self._events.get(), _Stopped):
-            if (event := self._told(*said)) is not None:
-                yield event
-        if said.failure is not None:
-            raise said.failure
+        """Reads the input to its end and has all of it answered."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._split(audio))
+            for channel in range(len(self._feeds)):
+                tasks.create_task(self._hear(channel))
 
     async def _split(self, audio: AsyncIterator[StreamInput]) -> None:
         async for item in audio:
@@ -154,7 +122,8 @@ class _Channels:
         feed = self._feeds[channel]
         async with self._within.stream(feed, self._options) as events:
             async for event in events:
-                await self._events.put((channel, event))
+                if (told := self._told(channel, event)) is not None:
+                    await self._out.put(told)
         async for _ in feed:  # one that has ended early holds up no other
             pass
 
