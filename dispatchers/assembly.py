@@ -72,7 +72,9 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
             jwks=KeySets(allow_http=settings.jwks_allow_http),
         )
         vad = await asyncio.to_thread(SileroVad.load)
-        backends: dict[str, Dispatcher] = {"self_hosted": Segmenting(local.backend, vad)}
+        backends: dict[str, Dispatcher] = {
+            "self_hosted": Segmenting(local.backend, vad, away=lambda: not local.engine_up())
+        }
         admission = Admission(resources.database, resources.coordination)
         try:
             yield Opened(

@@ -14,7 +14,7 @@ no partial is due in silence.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from uuid import uuid4
@@ -49,6 +49,8 @@ from dispatchers.interface import (
     to_ms,
 )
 
+AWAY = "The recogniser is being started again. The text of this utterance will be late."
+
 _EVENTS_WAITING = 64
 _FINALS_WAITING = 4
 _BITE = SAMPLE_RATE  # samples looked at in one go, however much comes at once
@@ -61,12 +63,20 @@ class Segmenting:
     says what is true.
 
     A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on. Where the
-    recogniser is away, a partial's failure is told, too, without a gap and once an utterance: the final will be late.
+    recogniser is `away`, an utterance under way is told so, once and without a gap: its final will be late.
     """
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, *, partial_interval_ms: int = 250):
+    def __init__(
+        self,
+        batch: Dispatcher,
+        vad: SileroVad,
+        *,
+        partial_interval_ms: int = 250,
+        away: Callable[[], bool] = lambda: False,
+    ):
         self._batch = batch
         self._vad = vad
+        self._away = away
         self._interval = partial_interval_ms * SAMPLES_PER_MS
 
     @property
@@ -83,7 +93,7 @@ class Segmenting:
         self, audio: AsyncIterator[StreamInput], options: Options
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         options = replace(options, stream=uuid4().hex)
-        return _streaming(_Stream(self._batch, self._vad, self._interval, options), audio)
+        return _streaming(_Stream(self._batch, self._vad, self._interval, options, self._away), audio)
 
     async def aclose(self) -> None:
         await self._batch.aclose()
@@ -116,6 +126,7 @@ class _Heard(Utterance):
 
     asking: asyncio.Task[None] | None = None
     early: _Early | None = None
+    warned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +140,9 @@ class _Early:
 class _Stream:
     """The state of one stream."""
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, interval: int, options: Options):
+    def __init__(self, batch: Dispatcher, vad: SileroVad, interval: int, options: Options, away: Callable[[], bool]):
         self._batch = batch
+        self._away = away
         self._options = options
         self._interval = interval
         self._vad = vad.stream()
@@ -143,7 +155,6 @@ class _Stream:
         self._partial_due = 0  # in samples
         self._rest_until = 0.0  # on the loop's clock
         self._memory = Memory()
-        self._warned: _Heard | None = None
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end, answers all of it, and says how that went to whoever reads the events."""
@@ -182,6 +193,8 @@ class _Stream:
         probabilities = await self._vad.feed(samples)
         for action in self._segmenter.feed(samples, probabilities):
             await self._act(action)
+        if self._segmenter.voiced_until and self._away():
+            await self._warn(self._current, BackendUnavailable(AWAY))
         if self._segmenter.lulled:
             self._begin_final(tasks)
         elif self._segmenter.voiced_until:
@@ -259,14 +272,14 @@ class _Stream:
         try:
             return await self._batch.transcribe(heard.audio, self._memory.options(self._options, urgency))
         except BackendUnavailable as away:
-            await self._warn(away)
+            await self._warn(self._current, away)
             return None
         except (BackendError, AudioError):
             return None
 
-    async def _warn(self, away: BackendUnavailable) -> None:
-        if self._warned is not self._current:
-            self._warned = self._current
+    async def _warn(self, utterance: _Heard, away: BackendUnavailable) -> None:
+        if not utterance.warned:
+            utterance.warned = True
             await self._events.put(StreamError(away.code, away.message, away.retryable))
 
     # --- finals ---
@@ -306,6 +319,8 @@ class _Stream:
 
     async def _finish(self, utterance: _Heard, ended: Ended) -> None:
         events: list[Event]
+        if self._away():
+            await self._warn(utterance, BackendUnavailable(AWAY))
         try:
             transcript = await self._last_word(utterance, ended)
         except (BackendError, AudioError) as failure:
