@@ -75,7 +75,9 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
             jwks=KeySets(allow_http=settings.jwks_allow_http),
         )
         vad = await asyncio.to_thread(SileroVad.load)
-        segmenting = Segmenting(local.backend, vad, most_speaking=settings.max_speaking)
+        segmenting = Segmenting(
+            local.backend, vad, most_speaking=settings.max_speaking, away=lambda: not local.engine_up()
+        )
         backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(segmenting)}
         admission = Admission(resources.database, resources.coordination)
         recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")

@@ -116,8 +116,8 @@ async def _serve(
 async def open_gateway(
     settings: Settings, engine: EngineChild | None = None
 ) -> AsyncIterator[tuple[Gateway, str | None]]:
-    """Everything a gateway process holds, its default model loaded (by `engine`, if that has begun), and what `auto`
-    has to say about that model."""
+    """Everything a gateway process holds, its default model loaded (by `engine`, if begun), and what `auto` has to say
+    about that model."""
     async with AsyncExitStack() as stack:
         resources = await stack.enter_async_context(open_resources(settings))
         opened = await stack.enter_async_context(open_door(resources, engine))

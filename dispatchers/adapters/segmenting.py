@@ -20,7 +20,7 @@ recognitions and the same finals. To let one wait behind a running one, too, gai
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from uuid import uuid4
@@ -59,6 +59,8 @@ from dispatchers.interface import (
 from runtime.errors import StenogateError
 from runtime.telemetry import SPEAKERS_LIMITED
 
+AWAY = "The recogniser is being started again. The text of this utterance will be late."
+
 _FINALS_WAITING = 4
 _LIMITED = Notice(
     "SPEAKERS_LIMITED", "More speak at once than may. What is said now comes in finals only, until a place is free."
@@ -74,13 +76,21 @@ class Segmenting:
     `Notice`, until a place is free.
 
     A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on. Where the
-    recogniser is away, a partial's failure is told, too, without a gap and once an utterance: the final will be late.
+    recogniser is `away`, an utterance under way is told so, once and without a gap: its final will be late.
     """
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, *, most_speaking: int | None = None):
+    def __init__(
+        self,
+        batch: Dispatcher,
+        vad: SileroVad,
+        *,
+        most_speaking: int | None = None,
+        away: Callable[[], bool] = lambda: False,
+    ):
         self._batch = batch
         self._vad = vad
         self._floor = Floor(most_speaking)
+        self._away = away
 
     @property
     def capabilities(self) -> Capabilities:
@@ -97,7 +107,7 @@ class Segmenting:
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         options = replace(options, stream=uuid4().hex)
         out = Outbox()
-        stream = _Stream(self._batch, self._vad, self._floor, options, out)
+        stream = _Stream(self._batch, self._vad, self._floor, options, out, away=self._away)
         return out.filled_by(lambda: stream.run(audio))
 
     async def aclose(self) -> None:
@@ -109,6 +119,7 @@ class _Heard(Utterance):
     """An utterance under way, and its early final."""
 
     early: _Early | None = None
+    warned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +133,18 @@ class _Early:
 class _Stream:
     """The state of one stream."""
 
-    def __init__(self, batch: Dispatcher, vad: SileroVad, floor: Floor, options: Options, out: Outbox):
+    def __init__(
+        self,
+        batch: Dispatcher,
+        vad: SileroVad,
+        floor: Floor,
+        options: Options,
+        out: Outbox,
+        *,
+        away: Callable[[], bool],
+    ):
         self._batch = batch
+        self._away = away
         self._options = options
         self._out = out
         self._speaker = Speaker(floor, options.share, options.max_speaking)
@@ -137,7 +158,6 @@ class _Stream:
         self._asked: set[asyncio.Task[None]] = set()  # hypotheses of the current utterance
         self._cadence = Cadence(options.partial_interval_ms, asyncio.get_running_loop().time)
         self._memory = Memory()
-        self._warned: _Heard | None = None
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end and answers all of it."""
@@ -166,6 +186,8 @@ class _Stream:
         probabilities = await self._vad.feed(samples)
         for action in self._segmenter.feed(samples, probabilities):
             await self._act(action)
+        if self._segmenter.voiced_until and self._away():
+            await self._warn(self._current, BackendUnavailable(AWAY))
         if self._segmenter.lulled:
             self._begin_final(tasks)
         elif self._segmenter.voiced_until:
@@ -240,7 +262,7 @@ class _Stream:
         except (BackendError, AudioError) as error:
             self._cadence.rest()
             utterance.dropped += 1
-            await self._warn(error)
+            await self._warn(self._current, error)
         else:
             self._cadence.rest()
             self._asked.clear()  # no longer to be cancelled: what is told is told whole
@@ -258,10 +280,10 @@ class _Stream:
             task.cancel()
         self._asked.clear()
 
-    async def _warn(self, error: StenogateError) -> None:
-        """Tells that the recogniser is away, if it is that."""
-        if isinstance(error, BackendUnavailable) and self._warned is not self._current:
-            self._warned = self._current
+    async def _warn(self, utterance: _Heard, error: StenogateError) -> None:
+        """Tells, once, that the recogniser is away, if it is that."""
+        if isinstance(error, BackendUnavailable) and not utterance.warned:
+            utterance.warned = True
             await self._out.put(StreamError(error.code, error.message, error.retryable))
 
     # --- finals ---
@@ -280,7 +302,7 @@ class _Stream:
         try:
             return await self._batch.transcribe(heard.audio, self._memory.options(self._options, "final"))
         except (BackendError, AudioError) as error:
-            await self._warn(error)
+            await self._warn(self._current, error)
             return None
 
     def _begin_final(self, tasks: asyncio.TaskGroup) -> None:
@@ -309,6 +331,8 @@ class _Stream:
 
     async def _finish(self, utterance: _Heard, ended: Ended) -> None:
         options, span = self._options, _span(ended)
+        if self._away():
+            await self._warn(utterance, BackendUnavailable(AWAY))
         try:
             transcript = await self._last_word(utterance, ended)
         except (BackendError, AudioError) as failure:

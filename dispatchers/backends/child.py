@@ -143,6 +143,7 @@ class EngineChild:
     # --- its life ---
 
     def _spawn(self) -> EngineProcess:
+        self._socket.unlink(missing_ok=True)  # of one that was killed
         self._starts += 1
         self._spawned = time.monotonic()
         return EngineProcess([*self._command, str(self._socket)], self._environment)

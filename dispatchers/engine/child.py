@@ -49,24 +49,23 @@ def run(build: Callable[[], tuple[LocalBackend, str]], path: Path, *, max_upload
         listener.listen(1024)
         server = EngineServer(built, token=None, max_upload_bytes=max_upload_bytes)
         try:
-            uvloop.run(_serve(server, listener, lambda: greet(Greeting(note))))
+            uvloop.run(_serve(server, listener, path, lambda: greet(Greeting(note))))
         except StenogateError as error:
             greet(Greeting(failure=Failure.of(error)))
             return 1
         finally:
             path.unlink(missing_ok=True)
-    with suppress(OSError):  # else it is the parent, who is still there, that has removed it, or does
-        path.parent.rmdir()
+    _tidy(path)
     return 0
 
 
-async def _serve(server: EngineServer, listener: socket.socket, ready: Callable[[], None]) -> None:
+async def _serve(server: EngineServer, listener: socket.socket, path: Path, ready: Callable[[], None]) -> None:
     http = _Server(uvicorn_config(server))
 
     def end() -> None:
         http.should_exit = True
 
-    threading.Thread(target=_outlive, args=(asyncio.get_running_loop(), end), daemon=True).start()
+    threading.Thread(target=_outlive, args=(asyncio.get_running_loop(), end, path), daemon=True).start()
     await serve(server, listener, http, ready)
 
 
@@ -78,13 +77,21 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _outlive(loop: asyncio.AbstractEventLoop, end: Callable[[], None]) -> None:
+def _outlive(loop: asyncio.AbstractEventLoop, end: Callable[[], None], path: Path) -> None:
     """Waits for the parent's end, and does not outlive it by more than `END_S`, whatever the models are at."""
     while os.read(sys.stdin.fileno(), 1):
         pass
     loop.call_soon_threadsafe(end)
     time.sleep(END_S)
+    _tidy(path)
     os._exit(1)
+
+
+def _tidy(path: Path) -> None:
+    """Removes the socket, and its folder in the place of a parent that is gone; one that is there may have done so."""
+    path.unlink(missing_ok=True)
+    with suppress(OSError):
+        path.parent.rmdir()
 
 
 def _greeter() -> Callable[[Greeting], None]:

@@ -225,7 +225,7 @@ async def test_a_stream_outlives_its_engine(child: EngineChild) -> None:
         await until(lambda: count(Gap) == 1)
         yield Pcm(speech)
 
-    async with Segmenting(child, SileroVad.load()).stream(said(), LIVE) as events:
+    async with Segmenting(child, SileroVad.load(), away=lambda: not child.up).stream(said(), LIVE) as events:
         async for event in events:
             heard.append(event)  # noqa: PERF401 — it is looked at meanwhile
     first, *_, last = (event for event in heard if isinstance(event, Final) and event.text)
