@@ -19,6 +19,10 @@ _DOUBTFUL = -0.2
 """Mean log probability of a window. Of 200 clips of the micro model's sample script 7 % lie below; of what the model
 makes of noise, tones, chords and telephone keys, all: -0.53 and less by itself, up to -0.27 beside speech."""
 
+_UNSURE = -0.15
+"""Mean log probability of a hypothesis. Without the micro model's below it, 5 of 400 utterances firm up wrongly instead
+of 34. A model whose probabilities lie lower loses no text by it: its text is firm later."""
+
 _SURE = 0.6
 _SURE_WORDS = 3
 _CONTEXT_CHARACTERS = 1_000
@@ -34,6 +38,11 @@ def credible(segment: Segment) -> bool:
 def doubtful(segment: Segment) -> bool:
     """Whether a segment should have something else to speak for it."""
     return segment.no_speech_prob > _NO_SPEECH or segment.avg_logprob < _DOUBTFUL
+
+
+def unsure(segment: Segment) -> bool:
+    """Whether what a hypothesis says should be heard again and again before it is firm."""
+    return segment.avg_logprob < _UNSURE
 
 
 def confidence(segments: list[Segment]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dispatchers.adapters.credence import confidence, credible, shifted
+from dispatchers.adapters.credence import confidence, credible, shifted, unsure
 from dispatchers.audio.stabilise import Stabiliser, normal
 from dispatchers.interface import Delta, Event, Final, Partial, Transcript
 
@@ -26,10 +26,11 @@ class Utterance:
 
     def hypothesis(self, transcript: Transcript, start_ms: int, end_ms: int) -> list[Event]:
         """What a transcript of the utterance so far gives to tell."""
-        text = normal(" ".join(segment.text for segment in transcript.segments if credible(segment)))
+        segments = [segment for segment in transcript.segments if credible(segment)]
+        text = normal(" ".join(segment.text for segment in segments))
         if not text:
             return []
-        delta, stable, shown = self._stabiliser.partial(text, end_ms)
+        delta, stable, shown = self._stabiliser.partial(text, end_ms, unsure=any(map(unsure, segments)))
         self._heard_until_ms = end_ms
         partial = Partial(self.number, shown, stable, start_ms, end_ms)
         return [partial] if delta is None else [Delta(self.number, delta, start_ms, end_ms), partial]

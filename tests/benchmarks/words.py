@@ -7,7 +7,6 @@ The script needs libespeak-ng (Debian: libespeak-ng1), soxr and soundfile, which
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 import random
 import subprocess
@@ -56,7 +55,8 @@ class Clip:
 
 @dataclass
 class Told:
-    """An utterance as a stream told it, with the times of its words' beginnings on the stream's clock."""
+    """An utterance as a stream told it, with the times of its words' beginnings, of the ends of the audio that its
+    deltas are of, and of its partials' arrival, on the stream's clock."""
 
     said: Said
     starts: list[float]
@@ -131,27 +131,39 @@ async def _streamed(client: Client, clips: list[Clip]) -> list[tuple[Talk, list[
     await asyncio.gather(*(speak(client, talk, offsets.uniform(0, STARTS_WITHIN_S)) for talk, _ in talks))
     for talk, told in talks:
         for each in told:
-            each.deltas = [(at, event["text"]) for at, event in talk.during(each.said, "delta")]
+            each.deltas = [(event["end_ms"] / 1000, event["text"]) for _, event in talk.during(each.said, "delta")]
             each.partials = [(at, event["text"]) for at, event in talk.during(each.said, "partial")]
     return talks
 
 
 def early(told: Told) -> list[tuple[str, float]]:
-    """Words of the deltas that came before the speaker began to say them, and how many seconds. A word that was never
-    said stands for the one at its place."""
-    heard = [(word, at) for at, text in told.deltas for word in text.split()]
-    starts: list[float | None] = [None] * len(heard)
-    matcher = difflib.SequenceMatcher(None, [word for word, _ in heard], told.said.text.split(), autojunk=False)
-    for match in matcher.get_matching_blocks():
-        for offset in range(match.size):
-            starts[match.a + offset] = told.starts[match.b + offset]
-    found = []
-    for number, (word, at) in enumerate(heard):
-        start = starts[number]
-        begins = told.starts[min(number, len(told.starts) - 1)] if start is None else start
-        if at < begins:
-            found.append((word, begins - at))
-    return found
+    """Words of the deltas whose speaking had not begun where the audio ends that the recogniser had heard for the delta
+    (its `end_ms`; the server had accepted at least that), and how many seconds were missing. A word stands for the one
+    at its place, right or wrong."""
+    heard = [(word, end) for end, text in told.deltas for word in text.split()]
+    places = _places([word for word, _ in heard], told.said.text.split())
+    starts = [told.starts[min(place, len(told.starts) - 1)] for place in places]
+    return [(word, start - end) for (word, end), start in zip(heard, starts, strict=True) if end < start]
+
+
+def _places(heard: list[str], said: list[str]) -> list[int]:
+    """For each word heard so far, which of the words said it stands for: the cheapest edits of a beginning of what was
+    said; of several the shortest beginning. (What is not yet told is not missing.)"""
+    rows = [list(range(len(said) + 1))]
+    for word in heard:
+        above = rows[-1]
+        row = [above[0] + 1]
+        for at, other in enumerate(said):
+            row.append(min(above[at] + (word != other), above[at + 1] + 1, row[at] + 1))
+        rows.append(row)
+    at, places = rows[-1].index(min(rows[-1])), [0] * len(heard)
+    for number in range(len(heard), 0, -1):
+        while at and rows[number][at] == rows[number][at - 1] + 1:
+            at -= 1  # said, and not heard
+        if at and rows[number][at] == rows[number - 1][at - 1] + (heard[number - 1] != said[at - 1]):
+            at -= 1
+        places[number - 1] = at
+    return places
 
 
 # --- the figures ---

@@ -277,9 +277,22 @@ async def test_a_final_that_leaves_the_deltas_is_revised(vad: SileroVad, speech:
         Asked(lambda _, options: "one two three" if options.urgency == "partial" else "three two one"),
         speech[: 3_000 * 16],
     )
-    assert [event.text for event in of(events, Delta)] == ["one two"]
+    assert [event.text for event in of(events, Delta)] == ["one", " two"], "there was no time to say both at first"
     assert isinstance(events[-1], Final)
     assert (events[-1].text, events[-1].revised) == ("three two one", True)
+
+
+async def test_what_the_recogniser_is_unsure_of_is_firm_later(vad: SileroVad, speech: Samples):
+    def first_delta(events: list[Event]) -> int:
+        return next(number for number, event in enumerate(of(events, Partial, Delta)) if isinstance(event, Delta))
+
+    sure, unsure = [
+        await hear(vad, Asked(lambda *_: (Segment(0, 500, "we are here now", avg_logprob=lp),)), speech[: 3_000 * 16])  # noqa: B023
+        for lp in (-0.1, -0.3)
+    ]
+    assert first_delta(sure) < first_delta(unsure)
+    for events in (sure, unsure):
+        assert "".join(event.text for event in events if isinstance(event, Delta)) == "we are here now"
 
 
 @pytest.mark.parametrize(

@@ -10,33 +10,34 @@ from dispatchers.audio.stabilise import Stabiliser, normal
 
 words = st.lists(st.sampled_from(["we", "need", "to", "cancel", "We", "need,", "日", "本", "日本語", "a"]), max_size=6)
 texts = words.map(" ".join)
+LATER = 60_000  # there was time to say any of it
 
 
 def test_what_two_hypotheses_agree_on_is_firm_but_for_the_newest_word():
     stabiliser = Stabiliser()
-    assert stabiliser.partial("we need") == (None, 0, "we need")
-    assert stabiliser.partial("we need to") == ("we need", 7, "we need to")
-    assert stabiliser.partial("we need to") == (None, 7, "we need to")
-    assert stabiliser.partial("we need to cancel") == (" to", 10, "we need to cancel")
+    assert stabiliser.partial("we need", LATER) == (None, 0, "we need")
+    assert stabiliser.partial("we need to", LATER) == ("we need", 7, "we need to")
+    assert stabiliser.partial("we need to", LATER) == (None, 7, "we need to")
+    assert stabiliser.partial("we need to cancel", LATER) == (" to", 10, "we need to cancel")
     assert stabiliser.final("we need to cancel the") == (" cancel the", False)
 
 
 def test_after_the_first_words_the_newest_three_need_a_third_hypothesis():
     stabiliser = Stabiliser()
-    stabiliser.partial("we need")
-    assert stabiliser.partial("we need")[0] == "we"
-    assert stabiliser.partial("we need to cancel the address book")[0] == " need"
-    assert stabiliser.partial("we need to cancel the address book")[0] == " to cancel"
-    assert stabiliser.partial("we need to cancel the address book for")[0] == " the address book"
-    assert stabiliser.partial("we need to cancel the address book for four")[0] is None
-    assert stabiliser.partial("we need to cancel the address book for four")[0] == " for"
+    stabiliser.partial("we need", LATER)
+    assert stabiliser.partial("we need", LATER)[0] == "we"
+    assert stabiliser.partial("we need to cancel the address book", LATER)[0] == " need"
+    assert stabiliser.partial("we need to cancel the address book", LATER)[0] == " to cancel"
+    assert stabiliser.partial("we need to cancel the address book for", LATER)[0] == " the address book"
+    assert stabiliser.partial("we need to cancel the address book for four", LATER)[0] is None
+    assert stabiliser.partial("we need to cancel the address book for four", LATER)[0] == " for"
 
 
 def test_firm_text_is_shown_even_when_a_hypothesis_leaves_it():
     stabiliser = Stabiliser()
-    stabiliser.partial("we need to go")
-    stabiliser.partial("we need to go")
-    assert stabiliser.partial("he needs to go now") == (None, 10, "we need to go now")
+    stabiliser.partial("we need to go", LATER)
+    stabiliser.partial("we need to go", LATER)
+    assert stabiliser.partial("he needs to go now", LATER) == (None, 10, "we need to go now")
     assert stabiliser.final("he needs to go") == (None, True)
 
 
@@ -44,23 +45,43 @@ def test_nothing_firm_and_nothing_left():
     assert Stabiliser().final("hello") == ("hello", False)
     assert Stabiliser().final("  ") == (None, False)
     stabiliser = Stabiliser()
-    stabiliser.partial("a b c")
-    stabiliser.partial("a b c")
+    stabiliser.partial("a b c", LATER)
+    stabiliser.partial("a b c", LATER)
     assert stabiliser.final("a b") == (None, False)
 
 
 def test_scripts_without_spaces_firm_up_by_sign():
     stabiliser = Stabiliser()
-    stabiliser.partial("今日は")
-    assert stabiliser.partial("今日は晴") == ("今日は", 3, "今日は晴")
+    stabiliser.partial("今日は", LATER)
+    assert stabiliser.partial("今日は晴", LATER) == ("今日は", 3, "今日は晴")
+
+
+def test_what_a_recogniser_is_unsure_of_needs_five_alike():
+    stabiliser = Stabiliser()
+    for _ in range(4):
+        assert stabiliser.partial("we need to", LATER, unsure=True)[0] is None
+    assert stabiliser.partial("we need to", LATER, unsure=True)[0] == "we need"
+    assert stabiliser.partial("we need to cancel", LATER)[0] == " to", "a sure one needs no more than ever"
+
+
+def test_nothing_is_firm_before_there_was_time_to_say_it():
+    stabiliser = Stabiliser(start_ms=1_000)
+    assert stabiliser.partial("what is the doctor", 1_300)[0] is None
+    assert stabiliser.partial("what is the doctor is in the", 1_700)[0] is None
+    assert stabiliser.partial("what is the doctor is in", 1_800)[0] == "what"
+    assert stabiliser.partial("what is the doctor is in the car", 2_300)[0] == " is the"
+    signs = Stabiliser()
+    signs.partial("今日は晴れ", 700)
+    assert signs.partial("今日は晴れ", 750)[0] == "今日", "a sign is said faster than a word"
 
 
 @settings(deadline=None)
-@given(st.lists(texts, max_size=8), texts)
-def test_deltas_are_never_taken_back(hypotheses: list[str], final: str):
-    stabiliser, sent = Stabiliser(), ""
-    for hypothesis in hypotheses:
-        delta, stable, shown = stabiliser.partial(hypothesis)
+@given(st.lists(st.tuples(texts, st.booleans(), st.integers(0, 900)), max_size=8), texts)
+def test_deltas_are_never_taken_back(hypotheses: list[tuple[str, bool, int]], final: str):
+    stabiliser, sent, now = Stabiliser(), "", 0
+    for hypothesis, unsure, step in hypotheses:
+        now += step
+        delta, stable, shown = stabiliser.partial(hypothesis, now, unsure=unsure)
         assert delta != ""
         assert sent or not (delta or "").startswith(" ")
         sent += delta or ""
@@ -79,7 +100,7 @@ def test_deltas_are_never_taken_back(hypotheses: list[str], final: str):
 def test_a_steady_recogniser_is_never_revised(said: list[str]):
     stabiliser = Stabiliser()
     for count in range(len(said)):
-        stabiliser.partial(" ".join(said[:count]))
+        stabiliser.partial(" ".join(said[:count]), LATER)
     assert stabiliser.final(" ".join(said))[1] is False
 
 
