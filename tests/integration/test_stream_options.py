@@ -130,12 +130,13 @@ async def test_partials_of_one_real_model_and_finals_of_another(settings: Settin
     other = tmp_path / "other"
     shutil.copytree(MICRO.source, other)
 
-    def worked(model: str) -> float:
+    async def worked(model: str) -> float:
+        await served.gateway.tell_figures()
         return REGISTRY.get_sample_value("stenogate_recognition_seconds_count", {"model": model}) or 0.0
 
     async with serving(settings, model=str(other), shortest_window=1_000, engine_workers=1) as served:
         tenant = await served.tenant(partial_model="micro", default_model="other")
-        before = worked("micro"), worked("other")
+        before = await worked("micro"), await worked("other")
         async with talking(served, served.token(tenant)) as talk:
             await talk.say("start", language="en")
             ready = await talk.until("ready")
@@ -144,8 +145,8 @@ async def test_partials_of_one_real_model_and_finals_of_another(settings: Settin
             assert await talk.end() == (1000, "")
         assert (ready["model"], ready["partial_model"]) == ("other", "micro")
         assert talk.text == said
-        assert worked("micro") > before[0]
-        assert worked("other") == before[1] + 1, "the early final, and nothing else"
+        assert await worked("micro") > before[0]
+        assert await worked("other") == before[1] + 1, "the early final, and nothing else"
         assert talk.events[-1]["billed_ms"] == to_ms(len(samples))
 
 
