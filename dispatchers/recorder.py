@@ -147,7 +147,7 @@ class _Tape:
         except Exception as error:  # noqa: BLE001  the session goes on without it
             causes = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
             kinds = [type(cause).__name__ for cause in causes]  # a traceback might quote what was said
-            log.error("recording.failed", session_id=str(self._session_id), errors=kinds)  # noqa: TRY400
+            log.error("recording.failed", session_id=str(self._session_id), errors=kinds)  # noqa: TRY400  see above
             self._give_up("failed")
         finally:
             self._give_up("stopped")

@@ -53,13 +53,12 @@ class Outbox:
         stopped = _Stopped()
         try:
             await work()
-        except BaseExceptionGroup as group:
-            stopped = _Stopped(_first(group))
+        except (Exception, BaseExceptionGroup) as failure:  # noqa: BLE001 — not swallowed: the reader raises it
+            stopped = _Stopped(_first(failure))
         await self._events.put(stopped)
 
 
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    failure: BaseException = group
+def _first(failure: BaseException) -> BaseException:
     while isinstance(failure, BaseExceptionGroup):
         failure = failure.exceptions[0]
     return failure

@@ -108,7 +108,7 @@ def _crc8_table() -> bytes:
     table = bytearray()
     for crc in range(256):
         for _ in range(8):
-            crc = (crc << 1 ^ 0x107) if crc & 0x80 else crc << 1  # noqa: PLW2901
+            crc = (crc << 1 ^ 0x107) if crc & 0x80 else crc << 1  # noqa: PLW2901  shifted in place, bit by bit
         table.append(crc)
     return bytes(table)
 

@@ -27,7 +27,7 @@ class SpooledPart:
     def add(self, samples: Samples, folder: Path) -> None:
         if self._file is None or self._encoder is None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file, self._encoder = tempfile.TemporaryFile(dir=folder), encoder("flac")  # noqa: SIM115
+            self._file, self._encoder = tempfile.TemporaryFile(dir=folder), encoder("flac")  # noqa: SIM115  held until `drop`
         self._file.write(self._encoder.feed(samples))
         self.samples += len(samples)
 
