@@ -6,17 +6,23 @@ DispatchError
 ├── OptionError           what was asked of the recogniser
 │   ├── UnknownModel · UnsupportedOption
 └── BackendError          the recogniser; another backend may do better
-    ├── BackendUnavailable (EngineLost) · BackendTimeout · BackendFailed · Overloaded · Superseded
-    └── BackendRefused
+    ├── BackendUnavailable (EngineLost) · BackendTimeout · BackendFailed (BadAnswer) · Overloaded · Superseded
+    ├── Throttled · CredentialRefused
+    └── BackendRefused        the request itself; no other backend is asked
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from runtime.errors import StenogateError
 
 
 class DispatchError(StenogateError):
     """The audio could not be transcribed."""
+
+    elsewhere: ClassVar[bool] = False
+    """Whether another backend may do what this one could not."""
 
 
 class AudioError(DispatchError):
@@ -78,6 +84,7 @@ class BackendError(DispatchError):
 
     code = "BACKEND_FAILED"
     retryable = True
+    elsewhere = True
 
 
 class BackendUnavailable(BackendError):
@@ -102,6 +109,23 @@ class BackendFailed(BackendError):
     code = "BACKEND_FAILED"
 
 
+class BadAnswer(BackendFailed):
+    """The recogniser's answer cannot be read. Try again."""
+
+
+class Throttled(BackendError):
+    """The provider takes no more requests for now. Try again in a moment."""
+
+    code = "BACKEND_THROTTLED"
+
+
+class CredentialRefused(BackendError):
+    """The provider does not accept the credential it was given. The operator must renew it."""
+
+    code = "CREDENTIAL_REFUSED"
+    retryable = False
+
+
 class Overloaded(BackendError):
     """Every seat is taken. Try again in a few seconds."""
 
@@ -119,3 +143,4 @@ class BackendRefused(BackendError):
 
     code = "BACKEND_REFUSED"
     retryable = False
+    elsewhere = False

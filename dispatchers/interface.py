@@ -271,6 +271,8 @@ class Capabilities:
     speakers: bool = False
     prompt: bool = False
     latest_wins: bool = False
+    longest_ms: int | None = None
+    least_billed_ms: int = 0
     languages: frozenset[str] | None = None
     models: tuple[str, ...] = ()
 

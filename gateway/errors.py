@@ -133,6 +133,8 @@ MEANINGS: Mapping[str, Meaning] = {
     "BACKEND_TIMEOUT": Meaning(504, 1011, "Backend timed out", _SERVER),
     "BACKEND_FAILED": Meaning(502, 1011, "Backend failed", _SERVER),
     "BACKEND_REFUSED": Meaning(502, 1011, "Backend refused", _SERVER),
+    "BACKEND_THROTTLED": Meaning(503, 1013, "Backend throttled", _SERVER),
+    "CREDENTIAL_REFUSED": Meaning(502, 1011, "Backend credential refused", _SERVER),
     "NO_SEAT": Meaning(503, 1013, "No seat free", _SERVER),
     "SUPERSEDED": Meaning(503, 1013, "Superseded", _SERVER),
     # jobs

@@ -49,7 +49,8 @@ class Demand:
 
 @dataclass(frozen=True)
 class Offer:
-    """What a plugged-in backend can do; its default model comes first. `languages` None: any."""
+    """What a plugged-in backend can do; its default model comes first. `languages` None: any. `region` is where audio
+    goes, None: not said; `longest_ms` of audio it takes at once, None: any; `why_down` is for people."""
 
     backend: str
     models: tuple[str, ...]
@@ -58,6 +59,11 @@ class Offer:
     streaming: bool
     languages: frozenset[str] | None
     up: bool
+    kind: Literal["self_hosted", "relay"] = "self_hosted"
+    region: str | None = None
+    speakers: bool = False
+    longest_ms: int | None = None
+    why_down: str = "The backend is down."
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ ROWS = {
                values (:t, :a, '{}', 'f', 'k', 1)""",
     "tickets": """insert into tickets (tenant_id, digest, subject, scopes, token_id, token_expires_at, expires_at)
                   values (:t, sha256('x'), 'anna', '{transcribe}', 'tok_x', 1, now())""",
+    "legs": """insert into legs (tenant_id, id, session_id, backend, model, outcome, start_ms, audio_ms, charged_ms,
+                                 cost_nano, currency, took_ms)
+               values (:t, :a, :a, 'deepgram', 'nova-3', 'completed', 0, 1, 1, 1, 'USD', 1)""",
     "recordings": "insert into recordings (tenant_id, session_id, expires_at) values (:t, :a, now())",
     "recording_parts": """insert into recording_parts (tenant_id, session_id, number, start_sample, samples, blob_key)
                           values (:t, :a, 1, 0, 1, 'k')""",
@@ -58,8 +61,11 @@ ROWS = {
 # What the app role itself writes; the rest is the system role's to write.
 WRITTEN_BY_APP = (
     "revoked_tokens", "budget_windows", "sessions", "budget_holds", "usage_keys", "usage_ledger", "audit_log", "jobs",
-    "job_chunks", "tickets", "recordings", "recording_parts",
+    "job_chunks", "tickets", "recordings", "recording_parts", "legs",
 )  # fmt: skip
+
+# What is the operator's: no app role may even read it.
+OPERATORS_OWN = ("setting_overrides", "relays", "relay_credentials")
 
 APPEND_ONLY = (
     "usage_ledger",
@@ -70,6 +76,7 @@ APPEND_ONLY = (
     "revoked_tokens",
     "issuers",
     "tickets",
+    "legs",
 )
 
 
@@ -120,7 +127,7 @@ async def denied(database: Database, tenant: Tenant | None, statement: str, **va
 
 async def test_every_tenant_table_has_forced_row_security_and_is_tried_here(owner: Any) -> None:
     tables = await owner(TENANT_TABLES)
-    assert {table.name for table in tables} == {*ROWS, "tenants", "policies"}
+    assert {table.name for table in tables} == {*ROWS, "tenants", "policies", "relay_credentials"}
     assert [table.name for table in tables if not (table.enabled and table.forced)] == []
 
 
@@ -128,15 +135,13 @@ async def test_no_table_is_left_out_of_the_rule(owner: Any) -> None:
     """A table without a tenant is outside the rule: there are alembic's, and the operator's, which no app role sees."""
     every = await owner("select tablename as name from pg_tables where schemaname = 'public'")
     tenants_own = {table.name for table in await owner(TENANT_TABLES)}
-    assert {table.name for table in every} - tenants_own == {"alembic_version", "setting_overrides"}
-    assert [row.grantee for row in await owner("""
+    assert {table.name for table in every} - tenants_own == {"alembic_version", "setting_overrides", "relays"}
+    assert await owner(f"""
         select distinct grantee from information_schema.role_table_grants
-        where table_name = 'setting_overrides' and grantee like '%app'
-    """)] == []  # fmt: skip
-    rules = await owner(
-        "select relrowsecurity and relforcerowsecurity from pg_class where relname = 'setting_overrides'"
-    )
-    assert [tuple(row) for row in rules] == [(True,)]
+        where table_name in {OPERATORS_OWN} and grantee like '%app'
+    """) == []  # fmt: skip
+    rules = await owner(f"select relrowsecurity and relforcerowsecurity from pg_class where relname in {OPERATORS_OWN}")
+    assert [tuple(row) for row in rules] == [(True,)] * len(OPERATORS_OWN)
 
 
 async def test_app_and_system_own_nothing_and_may_not_pass_by(owner: Any, settings: Settings) -> None:
@@ -229,7 +234,7 @@ async def test_what_is_append_only_is_so_by_grant(database: Database, furnished:
     await denied(database, furnished, f"truncate {table}")
 
 
-@pytest.mark.parametrize("table", ["usage_ledger", "usage_keys", "audit_log"])
+@pytest.mark.parametrize("table", ["usage_ledger", "usage_keys", "audit_log", "legs"])
 async def test_not_even_the_system_role_changes_the_books(database: Database, furnished: Tenant, table: str) -> None:
     for statement in (f"update {table} set tenant_id = tenant_id", f"delete from {table}", f"truncate {table}"):
         with pytest.raises(DBAPIError) as refused:
@@ -262,7 +267,16 @@ async def test_another_tenants_keys_can_be_used_again(
     async with database.tenant(furnished.id) as tx:
         session = (await tx.execute(text("select id from sessions"))).scalar_one()
     async with database.tenant(other_tenant.id) as tx:
-        for table in ("sessions", "usage_keys", "jobs", "revoked_tokens", "tickets", "recordings", "recording_parts"):
+        for table in (
+            "sessions",
+            "usage_keys",
+            "jobs",
+            "revoked_tokens",
+            "tickets",
+            "recordings",
+            "recording_parts",
+            "legs",
+        ):
             values = {"t": other_tenant.id, "a": session}
             await tx.execute(text(ROWS[table]), {name: v for name, v in values.items() if f":{name}" in ROWS[table]})
 
