@@ -136,6 +136,11 @@ class PolicyBody(BaseModel):
         name = _rule(backend, self.backend_models)
         return None if name is None else self.backend_models[name]
 
+    def allows(self, model: str, backend: str) -> bool:
+        """Whether this model of that backend may be used."""
+        own = self.models_of(backend)
+        return (self.models is None or model in self.models) and (own is None or model in own)
+
     def longest_ms(self, kind: Kind) -> int:
         """The most audio of a file, a stream or a job."""
         if kind == "stream":
