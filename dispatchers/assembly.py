@@ -83,7 +83,7 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
         recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")
         try:
             yield Opened(
-                Door(resources.database, admission, authenticator, backends, recorder),
+                Door(resources.database, admission, authenticator, backends, recorder, region=settings.region),
                 authenticator,
                 local.catalogue,
                 local.note,

@@ -31,10 +31,11 @@ from dispatchers.recorder import Recorder
 from dispatchers.streaming import Continuation, Live, Outlives, Summary, merged, stream_outcome
 from policy.admission import Admission, Lease, Outcome
 from policy.endpointing import settle
-from policy.errors import TakenOver
+from policy.errors import NotAllowed, TakenOver
 from policy.identity import Authenticator, Caller
-from policy.policies import Policy, PolicyBody, current
-from policy.resolve import Candidate, Decision, Demand, Offer, resolve
+from policy.policies import Policy, PolicyBody
+from policy.resolve import Candidate, Decision, Demand, Offer, permit
+from policy.terms import TermsBook
 from runtime.database import Database, Transaction
 
 
@@ -50,7 +51,8 @@ class Result:
 
 class Door:
     """Assembled once a process, over the backends plugged in here, keyed by policy's names for them. Where there are
-    live streams, a `recorder` keeps the audio of those whose policy says so."""
+    live streams, a `recorder` keeps the audio of those whose policy says so. `region` is where this installation is,
+    in the words of policies; `terms` what tenants may do and pay."""
 
     def __init__(
         self,
@@ -59,12 +61,16 @@ class Door:
         authenticator: Authenticator,
         backends: Mapping[str, Dispatcher],
         recorder: Recorder | None = None,
+        *,
+        region: str = "here",
     ):
+        self.terms = TermsBook(database)
         self._database = database
         self._admission = admission
         self._authenticator = authenticator
         self._backends = backends
         self._recorder = recorder
+        self._region = region
 
     def offers(self) -> tuple[Offer, ...]:
         """What is plugged in, as the resolver sees it."""
@@ -77,19 +83,21 @@ class Door:
                 streaming=dispatcher.capabilities.stream,
                 languages=dispatcher.capabilities.languages,
                 up=True,
+                region=self._region,
+                speakers=dispatcher.capabilities.speakers,
+                longest_ms=dispatcher.capabilities.longest_ms,
             )
             for name, dispatcher in self._backends.items()
         )
 
     async def policy(self, caller: Caller) -> Policy:
         """The tenant's policy in force now."""
-        async with self._database.tenant(caller.tenant_id) as tx:
-            return await current(tx, caller.tenant_id)
+        return (await self.terms.of(caller.tenant_id)).policy
 
     async def explain(self, caller: Caller, demand: Demand) -> tuple[Policy, Decision]:
         """Which backends the demand would go to, and why; raises as the real thing would."""
-        policy = await self.policy(caller)
-        return policy, resolve(policy.body, demand, self.offers())
+        terms, decision = await self.terms.decide(caller.tenant_id, demand, self.offers())
+        return terms.policy, decision
 
     async def transcribe(
         self, caller: Caller, demand: Demand, options: Options, samples: Samples, heard: Heard = ignore
@@ -115,7 +123,7 @@ class Door:
             heard(segment)
 
         failure: DispatchError = BackendUnavailable()
-        for candidate in lease.decision.candidates:
+        for candidate in await self._still_allowed(lease):
             try:
                 transcript = await self._backends[candidate.backend].transcribe(
                     samples, self._pinned(options, candidate, lease.tenant_id), note
@@ -167,7 +175,7 @@ class Door:
             bounded = _bounded(options, demand, policy.body)
             start = Continuation(lease.session_id, lease.turn, 0, 0, Summary(channels=options.channels))
             async with self._streaming(
-                lease, start, caller, bounded, audio, hang_up=hang_up, outlives=outlives
+                lease, start, caller, bounded, audio, demand=demand, hang_up=hang_up, outlives=outlives
             ) as live:
                 yield live
 
@@ -187,7 +195,7 @@ class Door:
         async with self._admission.resumed(caller, where.session_id, where.turn) as lease:
             bounded = _bounded(options, demand, lease.policy.body)
             async with self._streaming(
-                lease, where, caller, bounded, audio, hang_up=hang_up, outlives=outlives
+                lease, where, caller, bounded, audio, demand=demand, hang_up=hang_up, outlives=outlives
             ) as live:
                 yield live
 
@@ -200,6 +208,7 @@ class Door:
         options: Options,
         audio: AsyncIterator[StreamInput],
         *,
+        demand: Demand,
         hang_up: Callable[[], None],
         outlives: Outlives,
     ) -> AsyncIterator[Live]:
@@ -208,7 +217,7 @@ class Door:
         meter = Meter(
             lease,
             candidate,
-            recheck=lambda: self._authenticator.recheck(caller),
+            recheck=lambda: self._recheck(caller, demand, lease, candidate),
             hang_up=hang_up,
             progress=lambda: summary.progress(keep_text=keep_text),
             from_ms=where.from_ms,
@@ -245,6 +254,38 @@ class Door:
         start = from_ms * SAMPLES_PER_MS
         with self._recorder.taping(lease.tenant_id, lease.session_id, lease.policy.body, start=start) as taped:
             yield taped(audio)
+
+    async def _recheck(self, caller: Caller, demand: Demand, lease: Lease, candidate: Candidate) -> None:
+        """Raises what forbids a live stream to go on: its caller's standing, or a policy that came later."""
+        await self._authenticator.recheck(caller)
+        policy = (await self.terms.of(caller.tenant_id)).policy
+        if policy.version != lease.policy.version:
+            permit(policy.body, demand, self._offer(candidate.backend), candidate.model)
+
+    async def _still_allowed(self, lease: Lease) -> tuple[Candidate, ...]:
+        """The lease's candidates, without those that a later policy forbids: a job may wait long. Raises `NotAllowed`
+        where none is left."""
+        policy = (await self.terms.of(lease.tenant_id)).policy
+        if policy.version == lease.policy.version:
+            return lease.decision.candidates
+        allowed, refusal = [], NotAllowed()
+        for candidate in lease.decision.candidates:
+            try:
+                permit(policy.body, Demand("job"), self._offer(candidate.backend), candidate.model)
+            except NotAllowed as error:
+                refusal = error
+            else:
+                allowed.append(candidate)
+        if not allowed:
+            raise refusal
+        return tuple(allowed)
+
+    def _offer(self, backend: str) -> Offer:
+        """Raises `BackendUnavailable` where it is plugged in no more."""
+        for offer in self.offers():
+            if offer.backend == backend:
+                return offer
+        raise BackendUnavailable
 
     def _plugged(self, backend: str) -> Dispatcher:
         """Raises `BackendUnavailable` where another process had what this one has not."""

@@ -65,6 +65,12 @@ class Settings(BaseSettings):
     audience: str = Field("stenogate", description="`aud` that tokens must carry.")
     jwks_allow_http: bool = Field(False, description="Allow issuers' key sets over plain http (tests).")
 
+    region: str = Field(
+        "here",
+        pattern="^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Where the engine of this installation is, as policies' `regions` name it.",
+    )
+
     model: str = Field("auto", description="Default: `auto`, `micro`, `pocketsphinx`, a Whisper name or a folder.")
     whisper_model: str = Field("small", description="The faster-whisper model that `auto` looks for.")
     model_cache_dir: Path | None = Field(None, description="Where downloaded models lie. Unset: the hub's own cache.")

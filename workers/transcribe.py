@@ -103,7 +103,7 @@ async def _attempt(shop: Workshop, claim: Claim) -> bool:
 async def _transcribe(shop: Workshop, claim: Claim, lease: Lease) -> None:
     if claim.attempts > shop.settings.job_attempts:
         raise WorkersLost
-    samples = await _samples(shop, claim, lease.policy.body.max_file_ms)
+    samples = await _samples(shop, claim, lease.policy.body.longest_ms("job"))
     audio_ms = to_ms(len(samples))
     await claim.measure(audio_ms)
     await lease.extend(audio_ms)
