@@ -21,7 +21,6 @@ from dispatchers.errors import BackendTimeout, BackendUnavailable, DispatchError
 from dispatchers.interface import (
     SAMPLE_RATE,
     SAMPLES_PER_MS,
-    Capabilities,
     Clear,
     Cleared,
     Delta,
@@ -31,16 +30,11 @@ from dispatchers.interface import (
     Flush,
     Flushed,
     Gap,
-    Heard,
     Options,
-    Origin,
     Partial,
-    Samples,
     SpeechStarted,
     StreamError,
     StreamInput,
-    Transcript,
-    ignore,
     to_ms,
 )
 from dispatchers.later import later
@@ -68,13 +62,8 @@ class Leg(Protocol):
         ...
 
 
-class Legs(Protocol):
-    """Who takes up a stream, first and next."""
-
-    @property
-    def dispatcher(self) -> Dispatcher:
-        """The first one's."""
-        ...
+class Way(Protocol):
+    """A stream's, through those who may take it up."""
 
     def next_leg(self, start_ms: int) -> AbstractContextManager[Leg] | None:
         """The one to ask now, for audio from here on the stream's clock; what ends the block is how it went. None:
@@ -82,31 +71,13 @@ class Legs(Protocol):
         ...
 
 
-class Failover:
-    """One-channel streams over `legs`. When nobody is left, what was told stands, the rest is a `Gap`, and the events
-    end with `BackendUnavailable`."""
-
-    def __init__(self, legs: Legs):
-        self._legs = legs
-
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._legs.dispatcher.capabilities
-
-    def origin(self, model: str) -> Origin:
-        return self._legs.dispatcher.origin(model)
-
-    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
-        return await self._legs.dispatcher.transcribe(audio, options, heard)
-
-    def stream(
-        self, audio: AsyncIterator[StreamInput], options: Options
-    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        out = Outbox()
-        return out.filled_by(_Stream(self._legs, options, out, _Source(audio)).run)
-
-    async def aclose(self) -> None:
-        """Its legs are closed by those who opened them."""
+def failover(
+    way: Callable[[], Way], audio: AsyncIterator[StreamInput], options: Options
+) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    """A stream of one channel, by whoever is on its `way`. When nobody is left, what was told stands, the rest is a
+    `Gap`, and the events end with `BackendUnavailable`."""
+    out = Outbox()
+    return out.filled_by(_Stream(way(), options, out, _Source(audio)).run)
 
 
 class _Source:
@@ -150,8 +121,8 @@ class _Told:
 class _Stream:
     """The state of one stream."""
 
-    def __init__(self, legs: Legs, options: Options, out: Outbox, source: _Source):
-        self._legs = legs
+    def __init__(self, way: Way, options: Options, out: Outbox, source: _Source):
+        self._way = way
         self._options = options
         self._out = out
         self._source = source
@@ -167,7 +138,7 @@ class _Stream:
     async def run(self) -> None:
         """Until all of the audio is answered, by whomever."""
         try:
-            while (leg := self._legs.next_leg(to_ms(self._reel.start))) is not None:
+            while (leg := self._way.next_leg(to_ms(self._reel.start))) is not None:
                 if await self._over_with(leg):
                     return
             await self._lose(self._failure)

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import structlog
 
@@ -53,6 +54,15 @@ class Patience:
 
     def for_recording(self, samples: int) -> float:
         return self.base_s + self.per_audio_s * samples / SAMPLE_RATE
+
+
+@runtime_checkable
+class Probed(Protocol):
+    """A backend that can be asked whether it is well."""
+
+    async def probe(self) -> None:
+        """Raises `BackendError`."""
+        ...
 
 
 class Slots:
@@ -124,6 +134,15 @@ class Guarded:
             finally:
                 settled.cancel()
                 trial.leave()
+
+    async def probe(self) -> bool:
+        """Asks the provider something that costs nothing; its answer counts. False: there is no such thing."""
+        if not isinstance(self._within, Probed):
+            return False
+        with self._breaker.attempt(), self._ours():
+            async with asyncio.timeout(self._patience.open_s):
+                await self._within.probe()
+        return True
 
     async def aclose(self) -> None:
         await self._within.aclose()
