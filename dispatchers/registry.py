@@ -53,6 +53,11 @@ class Relays:
 class Registry:
     """Of one process. `own` does not change; `relays` None: there are none."""
 
+    @classmethod
+    def only(cls, recogniser: Dispatcher) -> Registry:
+        """This as `self_hosted`, and nothing else."""
+        return cls([Plug("self_hosted", recogniser)])
+
     def __init__(self, own: Iterable[Plug], relays: Relays | None = None):
         self._own = {plug.backend: plug for plug in own}
         self._relays = relays
@@ -92,15 +97,19 @@ class Registry:
         assert self._relays is not None  # noqa: S101
         while True:
             await asyncio.sleep(self._relays.refresh_s)
-            try:
-                await self.refresh()
-                await self._note_used()
-            except (OSError, SQLAlchemyError) as error:
-                log.warning("relays.not_refreshed", error=type(error).__name__)
+            await self.keep_up()
             await asyncio.gather(*(self._probe(plug) for plug in self._plugs.values()))
 
+    async def keep_up(self) -> None:
+        """Plugs in what there is now. Where the database cannot say, what there was goes on."""
+        try:
+            await self.refresh()
+            await self._note_used()
+        except (OSError, SQLAlchemyError) as error:
+            log.warning("relays.not_refreshed", error=type(error).__name__)
+
     async def refresh(self) -> None:
-        """Plugs in what there is now."""
+        """The same. Raises what the database raises."""
         if self._relays is None:
             return
         relays, credentials = await self._relays.load()

@@ -263,7 +263,9 @@ ENGINE_UP = _gauge("engine_up", "Whether the engine's process is ready for work.
 ENGINE_RESTARTS = _counter("engine_restarts", "Starts of the engine's process after it had ended by itself.")
 
 BACKEND_UP = _gauge("backend_up", "Whether the backend can be asked, with one credential at least.", "backend")
-BACKEND_CREDENTIALS = _gauge("backend_credentials", "Credentials of a relay by its breaker's state.", "backend", "state")
+BACKEND_CREDENTIALS = _gauge(
+    "backend_credentials", "Credentials of a relay, by their breaker's state.", "backend", "state"
+)
 BREAKER_TRANSITIONS = _counter("breaker_transitions", "Changes of breakers, by the state entered.", "backend", "state")
 BACKEND_COOL_DOWNS = _counter("backend_cool_downs", "Pauses that a provider asked for.", "backend")
 BACKEND_RUNNING = _gauge("backend_running", "Requests and streams now at a relay.", "backend", "kind")
