@@ -18,7 +18,6 @@ from policy.admission import Lease, Outcome, Receipt
 from policy.errors import BudgetExhausted, LedgerUnavailable, PolicyError, TenantSuspended
 from policy.resolve import Candidate
 from policy.sessions import Progress
-from runtime.database import Transaction
 
 log = structlog.get_logger()
 
@@ -113,7 +112,9 @@ class Meter:
         deadline = asyncio.get_running_loop().time() + COVER_TIMEOUT_S
         while True:
             try:
-                return await self._lease.settle(self.accepted_ms, self._candidate, outcome=outcome, extra=self._note)
+                return await self._lease.settle(
+                    self.accepted_ms, self._candidate, outcome=outcome, progress=self._noted()
+                )
             except LedgerUnavailable:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
@@ -123,7 +124,7 @@ class Meter:
         lease = self._lease
         if self.accepted_ms - lease.settled_ms >= BLOCK_MS:
             await self._recheck()
-            receipt = await lease.settle(self.accepted_ms, self._candidate, extra=self._note)
+            receipt = await lease.settle(self.accepted_ms, self._candidate, progress=self._noted())
             self.billed_ms = receipt.billed_ms
             if not receipt.tenant_active:
                 raise TenantSuspended
@@ -132,8 +133,8 @@ class Meter:
             await lease.extend(self.accepted_ms + AHEAD_MS)
         self._covered.set()
 
-    async def _note(self, tx: Transaction) -> None:
-        await self._lease.note(tx, replace(self._progress(), code=self._left))
+    def _noted(self) -> Progress:
+        return replace(self._progress(), code=self._left)
 
     def _end(self, refusal: PolicyError) -> None:
         self.ended_by = refusal
