@@ -12,7 +12,6 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -80,8 +79,7 @@ def _note(scope: Scope, status: int, seconds: float) -> None:
 
 def _template(scope: Scope) -> str:
     """The path's template, so that ids in it neither multiply the figures nor reach the logs."""
-    routes: list[BaseRoute] = scope["app"].routes
-    return next((getattr(route, "path", "?") for route in routes if route.matches(scope)[0] != Match.NONE), "?")
+    return getattr(scope.get("route"), "path", "?")
 
 
 class Answered:

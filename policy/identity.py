@@ -228,6 +228,12 @@ async def revoke(tx_system: Transaction, *, tenant_id: UUID, token_id: str, expi
     await audit.record(tx_system, actor=actor, action="token.revoke", object=f"token/{token_id}", tenant_id=tenant_id)
 
 
+async def is_revoked(tx: Transaction, tenant_id: UUID, token_id: str) -> bool:
+    """Whether the tenant's token is refused."""
+    found = await tx.execute(_IS_REVOKED, {"tenant_id": tenant_id, "token_id": token_id})
+    return bool(found.scalar_one())
+
+
 def _unverified(token: str) -> tuple[Claims, Claims]:
     """Header and claims of a token that nobody has vouched for: good for choosing, never for believing."""
     try:
@@ -281,6 +287,9 @@ _STANDING = text("""
         select 1 from revoked_tokens r where r.tenant_id = t.id and r.token_id = :token_id
     ) as revoked
     from tenants t where t.id = :tenant_id
+""")
+_IS_REVOKED = text("""
+    select exists(select from revoked_tokens where tenant_id = :tenant_id and token_id = :token_id)
 """)
 _REVOKE = text("""
     insert into revoked_tokens (tenant_id, token_id, expires_at)

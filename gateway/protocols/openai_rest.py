@@ -121,7 +121,7 @@ async def _take(asked: _Asked, upload: Upload, limits: _Limits) -> Samples | Job
         return running
     if not asked.wants_job and upload.size <= limits.inline_bytes:
         try:
-            return await gateway.decoder.load(upload.path, min(limits.inline_ms, limits.file_ms))
+            return await gateway.decoder.load(upload.recording, min(limits.inline_ms, limits.file_ms))
         except AudioTooLong:
             if limits.job_ms <= min(limits.inline_ms, limits.file_ms):
                 raise

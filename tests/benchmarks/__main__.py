@@ -1,5 +1,6 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
 `make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
+`make bench-overhead`: what the gateway adds to a request.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, density, fairness, memory, sounds, stream, together, words
+from tests.benchmarks import batch, density, fairness, memory, overhead, sounds, stream, together, words
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -26,7 +27,7 @@ FILES: dict[str, Callable[[Console], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument(
-        "section", nargs="*", choices=[*FILES, "stream", "density", []], help=f"default: {' '.join(FILES)}"
+        "section", nargs="*", choices=[*FILES, "stream", "density", "overhead", []], help=f"default: {' '.join(FILES)}"
     )
     live = parser.add_argument_group("stream and density")
     live.add_argument("--streams", type=int, nargs="+", help="at once, a run for each number")
@@ -37,6 +38,7 @@ def main() -> None:
     live.add_argument("--fairness", action="store_true", help="a quiet tenant beside one that floods")
     live.add_argument("--words", action="store_true", help="word error, early words and revisions over 1,000 words")
     live.add_argument("--samples", type=Path, help="for --words: a folder that the sample script made")
+    parser.add_argument("--rate", type=int, default=overhead.RATE, help="for overhead: requests a second")
     given = parser.parse_args()
     console = Console(width=160)
     console.print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}\n")
@@ -53,6 +55,8 @@ def main() -> None:
                 words.run(console, settings, given.samples)
             else:
                 stream.run(console, streams, given.seconds, settings, given.events)
+        elif name == "overhead":
+            overhead.run(console, given.rate, given.seconds, dict(pair.split("=", 1) for pair in given.set))
         elif name == "density":
             density.run(
                 console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)

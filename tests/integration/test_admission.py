@@ -31,7 +31,7 @@ from policy.resolve import Candidate, Decision, Demand
 from policy.sessions import Session
 from policy.tenants import Tenant
 from runtime.coordination import InProcess
-from runtime.database import Database, Transaction
+from runtime.database import Database, Step, Transaction
 
 BLOCK_MS = 15_000
 HERE = Candidate("self_hosted", "micro", "first")
@@ -333,6 +333,15 @@ class Unheard(Database):
     async def tenant(self, tenant_id: UUID) -> AsyncIterator[Transaction]:
         async with super().tenant(tenant_id) as tx:
             yield tx
+        self._lose()
+
+    @asynccontextmanager
+    async def step(self, tenant_id: UUID) -> AsyncIterator[Step]:
+        async with super().step(tenant_id) as step:
+            yield step
+        self._lose()
+
+    def _lose(self) -> None:
         if self.lose_next:
             self.lose_next = False
             raise ConnectionResetError
