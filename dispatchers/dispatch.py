@@ -76,7 +76,7 @@ class Door:
                 translate=dispatcher.capabilities.translate,
                 streaming=dispatcher.capabilities.stream,
                 languages=dispatcher.capabilities.languages,
-                up=True,
+                up=dispatcher.capabilities.up,
             )
             for name, dispatcher in self._backends.items()
         )
