@@ -11,6 +11,7 @@ from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.child import EngineChild
+from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.engine.wire import ModelCard
@@ -58,7 +59,7 @@ class _SelfHosted:
 def begin_engine(settings: Settings) -> EngineChild | None:
     """Starts the engine's process, where there is to be one, ahead of the door: models load while a database starts.
     It ends with this process, or with the door that is opened with it."""
-    return engine_child(settings) if settings.backend == "local" else None
+    return engine_child(settings) if settings.backend == "local" and not settings.engines else None
 
 
 @asynccontextmanager
@@ -66,7 +67,7 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
     """The door of this process, its default model loaded, by `engine` if that has begun. `model_note` says what `auto`
     chose, and why."""
     settings = resources.settings
-    async with _self_hosted(engine or begin_engine(settings)) as local:
+    async with _self_hosted(settings, engine or begin_engine(settings)) as local:
         authenticator = Authenticator(
             resources.database,
             signing_key=resources.signing_key,
@@ -99,13 +100,20 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
 
 
 @asynccontextmanager
-async def _self_hosted(child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
-    """The models, in a child process, or what answers in their place."""
-    if child is None:
+async def _self_hosted(settings: Settings, child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
+    """The models, in a child process or elsewhere, or what answers in their place."""
+    engine = child or _pool(settings)
+    if engine is None:
         yield _SelfHosted(Scripted(), "no model: a scripted answer, for smoke tests")
         return
     try:
-        note = await child.start()
-        yield _SelfHosted(child, note, child.catalogue, lambda: child.wait_s, lambda: child.up, child.tell_figures)
+        note = await engine.start()
+        yield _SelfHosted(engine, note, engine.catalogue, lambda: engine.wait_s, lambda: engine.up, engine.tell_figures)
     finally:
-        await child.aclose()
+        await engine.aclose()
+
+
+def _pool(settings: Settings) -> EnginePool | None:
+    if not settings.engines or settings.backend == "scripted":
+        return None
+    return EnginePool(settings.engines, token=settings.engine_token and settings.engine_token.get_secret_value())

@@ -20,7 +20,6 @@ log = structlog.get_logger()
 LOOKUP_S = 5.0
 """How often a name is looked up."""
 FIRST_LOOK_S = 3.0
-PARTING_S = 0.25
 
 
 class Fleet:
@@ -130,8 +129,7 @@ class Fleet:
         """Lets an engine go that is no longer one of ours, once what it was asked is answered."""
         member.leaving = True
         log.info("engine.left", engine=member.label)
-        while member.in_flight:
-            await asyncio.sleep(PARTING_S)
+        await member.idle.wait()
         watching = self._watches[member]
         watching.cancel()
         await asyncio.wait({watching})

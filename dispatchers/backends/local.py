@@ -157,6 +157,16 @@ class LocalBackend:
         return max((loaded.scheduler.wait_s for loaded in self._loaded.values()), default=0.0)
 
     @property
+    def pace_s(self) -> float:
+        """By about how much each piece of live work that comes makes that longer, for the model that is slowest."""
+        return max((loaded.scheduler.pace_s for loaded in self._loaded.values()), default=0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the default model is loaded."""
+        return self._default.name in self._loaded
+
+    @property
     def workers(self) -> int:
         """How many transcriptions the loaded models can work on at once."""
         return sum(loaded.scheduler.workers for loaded in self._loaded.values())

@@ -22,8 +22,8 @@ log = structlog.get_logger()
 PROBE_S = 2.0
 """An engine that does not say how it is within so long is silent."""
 SILENCES = 3
-"""After so many in a row it is given up, with what it was asked. One that refuses connections is asked nothing more, but
-may finish what it has."""
+"""After so many in a row it is given up, with what it was asked. One that refuses connections is asked nothing more,
+but may finish what it has."""
 BUSY_S, IDLE_S = 0.5, 2.0
 """How often it is asked how it is, while something else is asked of it or it is not ready, and while nothing is."""
 LOAD_S = 10.0
@@ -43,6 +43,8 @@ class Member:
         self.leaving = False
         self.looked = False
         self.in_flight = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.trouble = "has not answered yet"
         self._limit = limit
         self._asked: set[asyncio.Timeout] = set()
@@ -151,6 +153,7 @@ class Member:
         statuses = self._statuses
         self._sent += 1
         self.in_flight += 1
+        self.idle.clear()
         ENGINE_IN_FLIGHT.labels(self.label).set(self.in_flight)
         try:
             yield
@@ -158,4 +161,6 @@ class Member:
             self.in_flight -= 1
             if statuses == self._statuses:
                 self._sent -= 1
+            if not self.in_flight:
+                self.idle.set()
             ENGINE_IN_FLIGHT.labels(self.label).set(self.in_flight)

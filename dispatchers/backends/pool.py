@@ -61,9 +61,9 @@ class EnginePool:
     seconds, and each of its addresses is an engine of its own. `token` opens them; at most `at_once` pieces of work are
     with one of them. Use from one event loop; `start` comes first.
 
-    A piece of work goes to the engine that is ready, has the model and would come to it first. What fails there is given
-    to another: finals, and batch work of which nothing was heard, to three in all. Partials are not, and those of one
-    stream stay with one engine. Where there is no engine, partials are refused, and the rest waits for `patience_s`.
+    A piece of work goes to the engine that is ready, has the model and would come to it first. What fails there is
+    given to another: finals, and batch work of which nothing was heard, to three in all. Partials are not, and those of
+    one stream stay with one engine. Where there is no engine, partials are refused, and the rest waits `patience_s`.
     An engine that fails again and again, or is much slower than the others, gets nothing for a while.
     """
 
@@ -146,7 +146,7 @@ class EnginePool:
         raise UnsupportedOption("The engines take whole recordings only.")
 
     async def tell_figures(self) -> None:
-        """Fetches the engines' numbers for this process' metrics. Those of an engine that does not answer are missing."""
+        """Fetches the engines' numbers for this process' metrics; without those of engines that do not answer."""
 
         async def figures(member: Member) -> tuple[str, str] | None:
             with suppress(DispatchError, TimeoutError):

@@ -59,7 +59,15 @@ def internal_routes(open_to: Callable[[Request], LocalBackend], most: int) -> li
 
 def status_of(backend: LocalBackend) -> Status:
     """The backend at this moment."""
-    return Status(backend.capabilities, backend.catalogue(), backend.waiting, backend.running, backend.wait_s)
+    return Status(
+        backend.capabilities,
+        backend.catalogue(),
+        backend.waiting,
+        backend.running,
+        backend.wait_s,
+        backend.pace_s,
+        backend.ready,
+    )
 
 
 async def _received(body: AsyncIterator[bytes], most: int) -> tuple[Options, Samples]:

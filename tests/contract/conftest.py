@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.local import LocalBackend
+from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.models import MICRO
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
 from runtime.settings import Settings
+from tests.engines import TOKEN, engine_process
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
@@ -33,6 +36,25 @@ async def child() -> Dispatcher:
     started = engine_child(Settings(model="micro", engine_workers=1))
     await started.start()
     return started
+
+
+class Engines(EnginePool):
+    """A pool whose engines are started for it, and end with it."""
+
+    def __init__(self, count: int) -> None:
+        self._engines = ExitStack()
+        running = [self._engines.enter_context(engine_process()) for _ in range(count)]
+        super().__init__([engine.url for engine in running], token=TOKEN)
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self._engines.close()
+
+
+async def pool() -> Dispatcher:
+    engines = Engines(2)
+    await engines.start()
+    return engines
 
 
 def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
@@ -53,9 +75,11 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "scripted": scripted,
     "local": local,
     "child": child,
+    "pool": pool,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
+    "segmenting pool": streaming(pool),
     "per channel scripted": per_channel(streaming(scripted)),
 }
 
