@@ -181,7 +181,8 @@ def _model(policy: PolicyBody, demand: Demand, offer: Offer) -> str:
 
 def _objection(policy: PolicyBody, demand: Demand, offer: Offer, model: str) -> _No | None:
     """Why this offer can or may never serve this demand."""
-    if model not in offer.models:
+    unknown = not offer.models and not offer.up  # until it is up for the first time
+    if model not in offer.models and not unknown:
         return _No(ModelNotFound, f"The backend has no model `{model}`." if model else "The backend has no model.")
     if offer.backend not in policy.backends:
         return _No(NotAllowed, "The tenant's policy does not allow this backend.")

@@ -84,8 +84,8 @@ class Status:
     ready: bool = True
 
 
-NEVER_HEARD = Status(Capabilities(latest_wins=True), (), 0, 0, 0.0, ready=False)
-"""Of an engine that has not answered yet."""
+NEVER_HEARD = Status(Capabilities(words=True, translate=True, latest_wins=True), (), 0, 0, 0.0, ready=False)
+"""Of an engine that has not answered yet: what ours can do, and no model."""
 
 
 @dataclass(frozen=True, slots=True)
