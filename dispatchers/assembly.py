@@ -116,4 +116,5 @@ async def _self_hosted(settings: Settings, child: EngineChild | None) -> AsyncIt
 def _pool(settings: Settings) -> EnginePool | None:
     if not settings.engines or settings.backend == "scripted":
         return None
-    return EnginePool(settings.engines, token=settings.engine_token and settings.engine_token.get_secret_value())
+    token = settings.engine_token
+    return EnginePool(settings.engines, token=None if token is None else token.get_secret_value())

@@ -199,7 +199,8 @@ class _EngineFigures(Collector):
     def tell(self, told: Mapping[str, str] | None) -> None:
         """What engines told, in Prometheus' text format, by label ("": the only one); None: this process' own are true.
         Raises `ValueError`."""
-        self._told = told and {label: list(text_string_to_metric_families(text)) for label, text in told.items()}
+        parsed = {label: list(text_string_to_metric_families(text)) for label, text in (told or {}).items()}
+        self._told = None if told is None else parsed
 
     def collect(self) -> Iterable[Metric]:
         return ENGINE.collect() if self._told is None else _together(self._told)

@@ -98,7 +98,7 @@ async def _engines(settings: Settings) -> list[Finding]:
     from dispatchers.backends.pool import EnginePool
 
     token = settings.engine_token
-    pool = EnginePool(settings.engines, token=token and token.get_secret_value())
+    pool = EnginePool(settings.engines, token=None if token is None else token.get_secret_value())
     try:
         await pool.start()
         findings = [_engine(member) for member in pool.members]
