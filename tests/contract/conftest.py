@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,14 @@ from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
-from dispatchers.engine.models import MICRO
+from dispatchers.engine.further import recognisers
+from dispatchers.engine.models import MICRO, find
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
 from runtime.settings import Settings
 from tests.engines import TOKEN, engine_process
 
+FURTHER = Path(__file__).parents[1] / "fixtures/further"
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
 
@@ -36,6 +39,25 @@ async def child() -> Dispatcher:
     started = engine_child(Settings(model="micro", engine_workers=1))
     await started.start()
     return started
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """With the engine of `FURTHER` found by its entry point, as if it had been installed."""
+    sys.path.append(str(FURTHER))
+    recognisers.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(FURTHER))
+        recognisers.cache_clear()
+
+
+async def further() -> Dispatcher:
+    with installed():
+        backend = LocalBackend(find("loudness"), workers=1)
+        await backend.warm()
+        return backend
 
 
 class Engines(EnginePool):
@@ -75,10 +97,12 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "scripted": scripted,
     "local": local,
     "child": child,
+    "further": further,
     "pool": pool,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
+    "segmenting further": streaming(further),
     "segmenting pool": streaming(pool),
     "per channel scripted": per_channel(streaming(scripted)),
 }
