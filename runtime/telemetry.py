@@ -191,14 +191,30 @@ ENGINE = CollectorRegistry()
 
 
 class _EngineFigures(Collector):
-    """The engine's numbers among all others: this process' own or, where the models are in another, what that one told
-    last."""
+    """The engine's numbers among all others: this process' own or, where the models are elsewhere, what was told there
+    last. Those of a pool's engines carry a label, `engine`."""
 
     def __init__(self) -> None:
-        self.told: str | None = None
+        self._told: Mapping[str, list[Metric]] | None = None
+
+    def tell(self, told: Mapping[str, str] | None) -> None:
+        """What engines told, in Prometheus' text format, by label ("": the only one); None: this process' own are true.
+        Raises `ValueError`."""
+        parsed = {label: list(text_string_to_metric_families(text)) for label, text in (told or {}).items()}
+        self._told = None if told is None else parsed
 
     def collect(self) -> Iterable[Metric]:
-        return ENGINE.collect() if self.told is None else text_string_to_metric_families(self.told)
+        return ENGINE.collect() if self._told is None else _together(self._told)
+
+
+def _together(told: Mapping[str, list[Metric]]) -> Iterable[Metric]:
+    together: dict[str, Metric] = {}
+    for engine, families in told.items():
+        more = {"engine": engine} if engine else {}
+        for family in families:
+            whole = together.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            whole.samples.extend(sample._replace(labels=sample.labels | more) for sample in family.samples)
+    return together.values()
 
 
 ENGINE_FIGURES = _EngineFigures()
@@ -260,8 +276,13 @@ RECOGNITION_SECONDS = _histogram(
 )
 RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model", registry=ENGINE)
 
-ENGINE_UP = _gauge("engine_up", "Whether the engine's process is ready for work.")
+ENGINE_UP = _gauge("engine_up", "Whether the engine's process, or one of the pool's engines, is ready for work.")
 ENGINE_RESTARTS = _counter("engine_restarts", "Starts of the engine's process after it had ended by itself.")
+
+ENGINES = _gauge("engines", "Engines of the pool, by state.", "state")
+ENGINE_IN_FLIGHT = _gauge("engine_in_flight", "Recognitions asked of an engine of the pool and not answered.", "engine")
+ENGINE_EJECTIONS = _counter("engine_ejections", "Engines let out of the pool for a while, by reason.", "reason")
+ENGINE_RETRIES = _counter("engine_retries", "Recognitions given to another engine of the pool, by error code.", "code")
 
 BACKEND_UP = _gauge("backend_up", "Whether the backend can be asked, with one credential at least.", "backend")
 BACKEND_CREDENTIALS = _gauge(
