@@ -75,7 +75,7 @@ def remove(name: NameArgument) -> None:
 def rewrap() -> None:
     """Puts all credentials under the first of STENOGATE_SEALING_KEYS, so that the others can go."""
     count, master_key = relays.rewrap(Settings())
-    out.print(f"{count} credentials were under another master key; all are under {master_key} now", highlight=False)
+    out.print(f"{count} put under the master key {master_key}; all others were already", highlight=False)
 
 
 @credential_app.command("add")
