@@ -77,6 +77,12 @@ class Settings(BaseSettings):
     audience: str = Field("stenogate", description="`aud` that tokens must carry.")
     jwks_allow_http: bool = Field(False, description="Allow issuers' key sets over plain http (tests).")
 
+    region: str = Field(
+        "here",
+        pattern="^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Where the engine of this installation is, as policies' `regions` name it.",
+    )
+
     model: str = Field("auto", description="Default: `auto`, `micro`, `pocketsphinx`, a Whisper name or a folder.")
     whisper_model: str = Field("small", description="The faster-whisper model that `auto` looks for.")
     model_cache_dir: Path | None = Field(None, description="Where downloaded models lie. Unset: the hub's own cache.")
@@ -101,9 +107,16 @@ class Settings(BaseSettings):
         min_length=1,
         description="Bearer token that callers of the engine role must send. Unset: it only listens on loopback.",
     )
-    backend: Literal["local", "scripted"] = Field(
-        "local", description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests."
+    backend: Literal["local", "scripted", "none"] = Field(
+        "local",
+        description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests; `none`: there"
+        " is no engine, only relays.",
     )
+    relay_refresh_s: float = Field(
+        3.0, gt=0, le=300, description="Relays and their credentials are read anew so often; what is down is tried."
+    )
+    relay_requests: int = Field(64, ge=1, le=10_000, description="Recordings at a relay at once, by credential.")
+    relay_streams: int = Field(100, ge=1, le=10_000, description="Live streams at a relay at once, by credential.")
 
     max_upload_bytes: int = Field(
         2048 * MIB, ge=KIB, le=TIB, description="Largest upload accepted.", json_schema_extra=LIVE

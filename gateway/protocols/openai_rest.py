@@ -27,7 +27,7 @@ from gateway.uploads import received
 from policy.errors import ModelNotFound
 from policy.identity import Caller
 from policy.policies import PolicyBody
-from policy.resolve import TENANTS_DEFAULT, resolve
+from policy.resolve import TENANTS_DEFAULT
 from runtime.settings import Settings
 from workers.jobs import Job, Upload
 
@@ -52,6 +52,7 @@ class _Limits:
     inline_bytes: int
     inline_ms: int
     file_ms: int
+    job_ms: int
 
     @classmethod
     def of(cls, body: PolicyBody, settings: Settings) -> _Limits:
@@ -59,7 +60,8 @@ class _Limits:
             upload_bytes=min(body.max_upload_bytes or settings.max_upload_bytes, settings.max_upload_bytes),
             inline_bytes=body.job_threshold_bytes or settings.job_threshold_bytes,
             inline_ms=body.job_threshold_ms or settings.job_threshold_ms,
-            file_ms=body.max_file_ms,
+            file_ms=body.longest_ms("file"),
+            job_ms=body.longest_ms("job"),
         )
 
 
@@ -105,7 +107,7 @@ async def _answer(request: Request, task: Task) -> Response:
         if asked.wants_job:
             caller.require("jobs")
         # Refuses what the door would refuse, before anything is decoded or stored.
-        resolve(body, asked.parameters.demand("file", audio_ms=None, request_id=""), gateway.door.offers())
+        await gateway.door.explain(caller, asked.parameters.demand("file", audio_ms=None, request_id=""))
         taken = await _take(asked, form.upload, limits)
     if not isinstance(taken, Job):
         return await _inline(asked, taken)
@@ -121,7 +123,7 @@ async def _take(asked: _Asked, upload: Upload, limits: _Limits) -> Samples | Job
         try:
             return await gateway.decoder.load(upload.path, min(limits.inline_ms, limits.file_ms))
         except AudioTooLong:
-            if limits.file_ms <= limits.inline_ms:
+            if limits.job_ms <= min(limits.inline_ms, limits.file_ms):
                 raise
     demand = parameters.demand("job", audio_ms=None, request_id=request_id_of(asked.request))
     return await gateway.jobs.submit(caller, demand, parameters.options(), upload)

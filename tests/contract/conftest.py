@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.local import LocalBackend
+from dispatchers.backends.openai import OpenAIRelay, Quirks
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.models import MICRO
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
+from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
+from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
@@ -33,6 +37,29 @@ async def child() -> Dispatcher:
     started = engine_child(Settings(model="micro", engine_workers=1))
     await started.start()
     return started
+
+
+class HostedRelay(OpenAIRelay):
+    """A relay whose provider ends with it."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
+def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]]:
+    async def hosted() -> Dispatcher:
+        hosts = AsyncExitStack()
+        server = await hosts.enter_async_context(openai_server(flavour))
+        quirks = PROVIDERS[provider].quirks
+        assert isinstance(quirks, Quirks)
+        made = HostedRelay(server.account(), quirks)
+        made.hosts = hosts
+        return made
+
+    return hosted
 
 
 def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
@@ -53,6 +80,9 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "scripted": scripted,
     "local": local,
     "child": child,
+    "openai": relay("openai", OPENAI),
+    "groq": relay("groq", GROQ),
+    "segmenting openai": streaming(relay("openai", OPENAI)),
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
