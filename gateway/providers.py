@@ -1,13 +1,8 @@
-"""The managed providers whose wire this release speaks."""
+"""The managed providers whose wire this release speaks, as the policy package needs to know them."""
 
 from __future__ import annotations
 
+from dispatchers.providers import PROVIDERS as SPOKEN
 from policy.relays import Providers
 
-PROVIDERS: Providers = {
-    "assemblyai": "https://api.assemblyai.com",
-    "deepgram": "https://api.deepgram.com",
-    "groq": "https://api.groq.com/openai/v1",
-    "openai": "https://api.openai.com/v1",
-    "openai-compatible": None,
-}
+PROVIDERS: Providers = {provider.name: provider.base_url for provider in SPOKEN.values()}

@@ -50,7 +50,7 @@ Providers: TypeAlias = Mapping[str, str | None]
 class Relay:
     """A provider under a name. None means the provider's own: its address, its models (the first is the default).
 
-    `region` is where audio is processed, for policies that say where it may be.
+    `region` is where audio is processed, for policies that say where it may be; some providers have an address for it.
     """
 
     name: str
@@ -158,8 +158,8 @@ def check(relay: Relay, *, providers: Providers, allow_http: bool) -> None:
                 raise Invalid(f"`{relay.provider}` has no `{param}` of its own: say which.", param=param)
     if relay.base_url is not None:
         _check_url(relay.base_url, allow_http=allow_http)
-    if relay.region is not None and not re.fullmatch("[a-z][a-z0-9-]{0,31}", relay.region):
-        raise Invalid("A region is 1 to 32 lower-case letters, digits and hyphens, a letter first.", param="region")
+    if relay.region is not None and not re.fullmatch("[a-z0-9][a-z0-9-]{0,62}", relay.region):
+        raise Invalid("A region is 1 to 63 lower-case letters, digits and hyphens.", param="region")
     if relay.models is not None and not _are_models(relay.models):
         raise Invalid(f"Models are 1 to {MOST_MODELS} different names of up to 200 characters.", param="models")
     if relay.status not in get_args(Status):

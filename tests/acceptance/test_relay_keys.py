@@ -3,6 +3,8 @@ behind, wherever one looks."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +16,13 @@ import httpx
 import pytest
 
 from gateway.commands.local import LocalGateway, local_gateway
+from tests.providers.http import Answer, Fault
+from tests.providers.openai import openai_server
+from tests.server import post
 
-CANARIES = {name: f"sk-{uuid.uuid4().hex}-{name}" for name in ("shared", "next", "tenants", "refused")}
-HERE = "/v1/admin/relays/deepgram"
+CANARIES = {name: f"sk-{uuid.uuid4().hex}-{name}" for name in ("shared", "tenants", "next", "last", "refused")}
+HERE = "/v1/admin/relays/openai"
+EVER_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gateway(data_dir: Path) -> Iterator[LocalGateway]:
-    with local_gateway(data_dir, backend="scripted", log_level="debug") as running:
+    with local_gateway(data_dir, backend="scripted", log_level="debug", relay_refresh_s="0.2") as running:
         yield running
 
 
@@ -62,52 +68,96 @@ def found_in(content: bytes) -> list[str]:
     ]
 
 
-def test_a_keys_life_leaves_no_trace_of_it(gateway: LocalGateway, data_dir: Path) -> None:
-    ok(data_dir, "tenant", "create", "acme")
-    assert "deepgram (deepgram) is active" in ok(data_dir, "relay", "add", "deepgram", "--model", "nova-3")
-    added = ok(data_dir, "relay", "credential", "add", "deepgram", stdin=CANARIES["shared"] + "\n")
-    assert CANARIES["shared"][:7] in added
-    ok(data_dir, "relay", "credential", "add", "deepgram", "--tenant", "acme", stdin=CANARIES["tenants"])
+async def test_a_keys_life_leaves_no_trace_of_it(gateway: LocalGateway, data_dir: Path) -> None:
+    async with openai_server(key=CANARIES["next"]) as provider:
 
-    token = ok(data_dir, "token", "--operator").strip()
-    admin = {"Authorization": f"Bearer {token}"}
-    with httpx.Client(base_url=gateway.client.url, headers=admin, trust_env=False) as http:
-        answers = [
-            http.get("/v1/admin/relays"),
-            http.post(f"{HERE}/credentials", json={"key": CANARIES["next"]}),
-            http.get(f"{HERE}/credentials"),
-            http.post(f"{HERE}/credentials", json={"key": CANARIES["refused"] + " "}),
-            http.post(f"{HERE}/credentials", json={CANARIES["refused"]: "key"}),
-            http.post(f"{HERE}/credentials", json={"key": CANARIES["refused"], "tenant": "nobody"}),
-            http.post(f"{HERE}/credentials", content=b'{"key": "' + CANARIES["refused"].encode()),
-            http.put(HERE, json={"provider": CANARIES["refused"]}),
-            http.put(HERE, json={"provider": "deepgram", "base_url": f"https://{CANARIES['refused']}@api.example"}),
-            http.delete(f"{HERE}/credentials/{CANARIES['refused']}"),
-            http.get("/metrics"),
-            http.get("/metrics.json"),
-            http.get("/v1/admin/config"),
-        ]
-    assert [answer.status_code for answer in answers] == [200, 201, 200, *[400] * 2, 404, *[400] * 3, 404, *[200] * 3]
+        async def run(*arguments: str, stdin: str | None = None) -> str:
+            return await asyncio.to_thread(ok, data_dir, *arguments, stdin=stdin)
+
+        await run("tenant", "create", "acme")
+        await run("policy", "set", "--tenant", "acme", "-", stdin='{"backends": ["openai"]}')
+        await run("price", "set", "3.60", "--backend", "openai")
+        assert "openai (openai) is active" in await run("relay", "add", "openai", "--url", provider.base_url)
+        said = await run("relay", "credential", "add", "openai", stdin=CANARIES["shared"] + "\n")
+        assert CANARIES["shared"][:7] in said
+        await run("relay", "credential", "add", "openai", "--tenant", "acme", stdin=CANARIES["tenants"])
+
+        async with client(gateway, await run("token", "--tenant", "acme")) as acme:
+            provider.http.fault = Fault(
+                answer=Answer(json.dumps({"error": CANARIES}).encode(), 401, headers={"x-key": CANARIES["tenants"]})
+            )
+            refused = await until(acme, 502)
+            assert refused.json()["code"] == "CREDENTIAL_REFUSED"
+            assert CANARIES["tenants"][:7] in refused.json()["detail"]
+            assert provider.http.requests[-1].headers["authorization"] == f"Bearer {CANARIES['tenants']}"
+
+            provider.http.fault = None
+            await run("relay", "credential", "add", "openai", "--tenant", "acme", stdin=CANARIES["next"])
+            answered = await until(acme, 200)
+
+        async with client(gateway, await run("token", "--operator")) as admin:
+            answers = [refused, answered, *await what_the_api_says(admin)]
+    assert [answer.status_code for answer in answers[2:]] == [*[200] * 5, 201, *[400] * 4, 404, *[400] * 2, 404]
     assert [found for answer in answers if (found := found_in(answer.content))] == []
 
-    listed = [
-        line.split("│")[1:-1] for line in ok(data_dir, "relay", "credential", "list").splitlines() if "sk-" in line
+    shown = await asyncio.to_thread(ok, data_dir, "relay", "credential", "list")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "sk-" in line]
+    assert [(row[1], row[3]) for row in rows] == [
+        ("shared", "active"),
+        ("acme", "active"),
+        ("acme", "retired"),
+        ("shared", "retired"),
     ]
-    states = [(whose.strip(), state.strip()) for _, whose, _, state, *_ in listed]
-    assert states == [("shared", "active"), ("acme", "active"), ("shared", "retired")]
-    assert "nova-3" in ok(data_dir, "relay", "list")
-    refused, why = stenogate(data_dir, "relay", "remove", "deepgram")
-    assert refused == 1
-    assert "retire" in why
-    for row in listed[:2]:  # those in use
-        ok(data_dir, "relay", "credential", "retire", row[-1].strip())
-    ok(data_dir, "relay", "remove", "deepgram")
+    assert rows[1][5], "its last use is told"
+    assert stenogate(data_dir, "relay", "remove", "openai")[0] == 1  # it has credentials in use
+    for row in rows[:2]:
+        await asyncio.to_thread(ok, data_dir, "relay", "credential", "retire", row[-1])
+    await asyncio.to_thread(ok, data_dir, "relay", "remove", "openai")
 
-    files = [path for path in data_dir.rglob("*") if path.is_file()]
-    assert {"serve.log", "sealing.keys", "PG_VERSION"} <= {path.name for path in files}
-    assert {path: found for path in files if (found := found_in(path.read_bytes()))} == {}
-    assert b"relay_credential" in b"".join(path.read_bytes() for path in files)  # so it would have been found
-    assert "v1/admin/relays" in (data_dir / "serve.log").read_text()
+    left = await asyncio.to_thread(files, data_dir)
+    assert [path for path, content in left.items() if found_in(content)] == []
+    assert b"relay_credential.retire" in b"".join(left.values())  # the database is among them
+    assert b"CREDENTIAL_REFUSED" in left[data_dir / "serve.log"]
+    assert data_dir / "sealing.keys" in left
+
+
+def files(data_dir: Path) -> dict[Path, bytes]:
+    """All that the installation keeps: database and its log, our log, blobs."""
+    return {path: path.read_bytes() for path in data_dir.rglob("*") if path.is_file()}
+
+
+async def what_the_api_says(admin: httpx.AsyncClient) -> list[httpx.Response]:
+    """Of everything that has to do with keys, and of keys where they do not belong."""
+    key = CANARIES["refused"]
+    return [
+        await admin.get("/metrics"),
+        await admin.get("/metrics.json"),
+        await admin.get("/v1/admin/config"),
+        await admin.get("/v1/admin/relays"),
+        await admin.get(f"{HERE}/credentials"),
+        await admin.post(f"{HERE}/credentials", json={"key": CANARIES["last"]}),
+        await admin.post(f"{HERE}/credentials", json={"key": f"{key} "}),
+        await admin.post(f"{HERE}/credentials", json={key: "key"}),
+        await admin.post(f"{HERE}/credentials", json={"key": key, "tenant": key.upper()}),
+        await admin.post(f"{HERE}/credentials", content=b'{"key": "' + key.encode()),
+        await admin.post(f"{HERE}/credentials", json={"key": key, "tenant": "nobody"}),
+        await admin.put(HERE, json={"provider": key}),
+        await admin.put(HERE, json={"provider": "openai", "base_url": f"https://{key}@api.example"}),
+        await admin.delete(f"{HERE}/credentials/{key}"),
+    ]
+
+
+def client(gateway: LocalGateway, token: str) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {token.strip()}"}
+    return httpx.AsyncClient(base_url=gateway.client.url, headers=headers, trust_env=False, timeout=30)
+
+
+async def until(http: httpx.AsyncClient, status: int) -> httpx.Response:
+    """Transcribes until it is answered so: the gateway follows a change within a moment."""
+    async with asyncio.timeout(EVER_S):
+        while (answer := await post(http, model="whisper-1")).status_code != status:  # noqa: ASYNC110 — it polls
+            await asyncio.sleep(0.1)
+    return answer
 
 
 def test_the_master_key_is_replaced_while_the_gateway_runs(gateway: LocalGateway, data_dir: Path) -> None:

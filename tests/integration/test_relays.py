@@ -98,7 +98,7 @@ async def test_a_relay_is_put_changed_disabled_and_removed(tx: Transaction) -> N
                 "https://api.example/" + "a" * 500,
             )
         ),
-        *(({"region": region}, "region") for region in ("EU", "", "eu/west")),
+        *(({"region": region}, "region") for region in ("EU", "", "-eu", "eu/west")),
         *(({"models": models}, "models") for models in ((), ("a", "a"), ("",), ("a b",), ("x\n",), ("m" * 201,))),
     ],
 )
