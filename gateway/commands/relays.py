@@ -5,7 +5,6 @@ from __future__ import annotations
 from uuid import UUID
 
 from gateway.commands.database import with_doors
-from gateway.providers import PROVIDERS
 from policy import credentials, relays, tenants
 from policy.relays import Relay, Status
 from runtime.database import Database
@@ -17,6 +16,7 @@ ACTOR = "cli"
 
 def put(settings: Settings, relay: Relay) -> Relay:
     """A new relay, or another in its place. Raises `Invalid`, `Conflict`."""
+    from gateway.providers import PROVIDERS  # late: numpy comes with them
 
     async def work(database: Database) -> Relay:
         async with database.across_tenants("put a relay") as tx:
