@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from gateway.cli.terminal import out
 from gateway.commands import relays
@@ -97,11 +96,13 @@ def credential_add(
 @credential_app.command("list")
 def credential_list(relay: Annotated[str | None, typer.Argument(help="Only this relay's.")] = None) -> None:
     """Every credential by the beginning of its key, retired ones too."""
-    table = Table("relay", "tenant", "key", "status", "added", "last used", "master key", "id")
+    whole = (Column(name, no_wrap=True) for name in ("id", "key"))  # however narrow the terminal: one copies them
+    folded = (Column(name, overflow="fold") for name in ("relay", "tenant", "status", "last used", "master key"))
+    table = Table(*whole, *folded)
     for key in relays.list_credentials(Settings(), relay):
-        times = _day(key.created_at), _day(key.last_used_at)
+        used = "" if key.last_used_at is None else key.last_used_at.strftime("%Y-%m-%d %H:%M")
         whose = key.tenant or "shared"
-        table.add_row(key.relay, whose, key.prefix, key.status, *times, key.master_key, show("cred", key.id))
+        table.add_row(show("cred", key.id), key.prefix, key.relay, whose, key.status, used, key.master_key)
     out.print(table)
 
 
@@ -115,7 +116,3 @@ def credential_retire(
         raise Invalid("That is no credential's id; `stenogate relay credential list` shows them.")
     retired = relays.retire_credential(Settings(), credential_id)
     out.print(f"credential {retired.prefix} of {retired.relay} is retired", highlight=False, markup=False)
-
-
-def _day(at: datetime | None) -> str:
-    return "" if at is None else at.strftime("%Y-%m-%d %H:%M")

@@ -102,7 +102,7 @@ async def test_a_keys_life_leaves_no_trace_of_it(gateway: LocalGateway, data_dir
 
     shown = await asyncio.to_thread(ok, data_dir, "relay", "credential", "list")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "sk-" in line]
-    assert [(row[1], row[3]) for row in rows] == [
+    assert [(row[3], row[4]) for row in rows] == [
         ("shared", "active"),
         ("acme", "active"),
         ("acme", "retired"),
@@ -111,7 +111,7 @@ async def test_a_keys_life_leaves_no_trace_of_it(gateway: LocalGateway, data_dir
     assert rows[1][5], "its last use is told"
     assert stenogate(data_dir, "relay", "remove", "openai")[0] == 1  # it has credentials in use
     for row in rows[:2]:
-        await asyncio.to_thread(ok, data_dir, "relay", "credential", "retire", row[-1])
+        await asyncio.to_thread(ok, data_dir, "relay", "credential", "retire", row[0])
     await asyncio.to_thread(ok, data_dir, "relay", "remove", "openai")
 
     left = await asyncio.to_thread(files, data_dir)
