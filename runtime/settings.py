@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import binascii
 import os
+import re
+from base64 import b64decode
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -22,6 +25,7 @@ TIB = 1024 * 1024 * MIB
 SECOND_MS = 1000
 MINUTE_MS = 60 * SECOND_MS
 DAY_MS = 24 * 60 * MINUTE_MS
+SEALING_KEY_BYTES = 32
 
 Change: TypeAlias = Literal["live", "new_sessions", "start"]
 """When another value takes effect in a running gateway: at once, in sessions opened from then on, or never."""
@@ -39,7 +43,7 @@ ENGINE_SETTINGS = (
 class Settings(BaseSettings):
     """What an operator may set. With none of it set, everything is embedded."""
 
-    model_config = SettingsConfigDict(env_prefix="STENOGATE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="STENOGATE_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("data"), description="Where the embedded parts keep their files.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -60,6 +64,14 @@ class Settings(BaseSettings):
 
     signing_key: SecretStr | None = Field(
         None, description="HS256 key of gateway-issued tokens, at least 32 bytes; replicas share it. Unset: made once."
+    )
+    sealing_keys: SecretStr | None = Field(
+        None,
+        description="Master keys that seal relays' credentials, each `id:base64` of 32 bytes, with commas between;"
+        " the first seals. Processes share them. Unset: made once, beside an embedded Postgres only.",
+    )
+    relay_allow_http: bool = Field(
+        False, description="Allow relays over plain http beyond this machine: keys and audio then go in clear."
     )
     issuer: str = Field("stenogate", description="`iss` of gateway-issued tokens.")
     audience: str = Field("stenogate", description="`aud` that tokens must carry.")
@@ -221,6 +233,13 @@ class Settings(BaseSettings):
             raise ValueError("must be at least 32 bytes (RFC 7518, section 3.2); try `openssl rand -hex 32`")
         return key
 
+    @field_validator("sealing_keys")
+    @classmethod
+    def _named_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None:
+            sealing_keys(keys.get_secret_value())
+        return keys
+
     @field_validator("database_url", "system_database_url", "migration_database_url")
     @classmethod
     def _postgres(cls, url: SecretStr | None) -> SecretStr | None:
@@ -232,6 +251,25 @@ class Settings(BaseSettings):
         """The same but for these, which are checked as the environment's are. Raises pydantic's `ValidationError`."""
         checked = type(self)(**values)
         return self.model_copy(update={name: getattr(checked, name) for name in values})
+
+
+def sealing_keys(written: str) -> dict[str, bytes]:
+    """Master keys by their ids, in their order. Raises `ValueError`, which quotes no key."""
+    keys: dict[str, bytes] = {}
+    for part in written.strip().strip(",").split(","):
+        name, _, encoded = part.strip().partition(":")
+        try:
+            key = b64decode(encoded, validate=True)
+        except binascii.Error:
+            key = b""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII) or len(key) != SEALING_KEY_BYTES:
+            raise ValueError(
+                "must be id:base64 of 32 bytes, with commas between; try `echo k1:$(openssl rand -base64 32)`"
+            )
+        if name in keys:
+            raise ValueError(f"the id {name} stands there twice")
+        keys[name] = key
+    return keys
 
 
 def change_of(name: str) -> Change:
