@@ -5,6 +5,7 @@ Every problem names its field and the remedy; all of them are told at once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,10 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from policy import relays
 from policy.errors import Invalid
 from policy.objections import forbidden, meaning
 from policy.policies import RELAYS, PolicyBody
+from policy.relays import Relay
 from policy.resolve import Offer
+from runtime.database import Transaction
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,16 @@ class Problem:
 
 def read(draft: Mapping[str, Any] | str) -> tuple[PolicyBody | None, tuple[Problem, ...]]:
     """The body, from an object or JSON, or what keeps it from being one."""
+    written = draft if isinstance(draft, str) else json.dumps(draft)
     try:
-        if isinstance(draft, str):
-            return PolicyBody.model_validate_json(draft), ()
-        return PolicyBody.model_validate(draft), ()
+        return PolicyBody.model_validate_json(written, strict=True), ()
     except ValidationError as error:
         return None, tuple(_problem(wrong) for wrong in error.errors(include_url=False, include_input=False))
 
 
 def misfits(body: PolicyBody, offers: Sequence[Offer]) -> tuple[Problem, ...]:
-    """What a body says that cannot be meant here: backends and models that there are not, rules that leave nothing.
-    An offer without models is one whose models are not known."""
+    """What a body says that cannot be meant here, where there are these (`known`): backends and models that there are
+    not, rules that leave nothing. An offer without models is one whose models are not known."""
     unknown = (*_unknown_backends(body, offers), *_unknown_models(body, offers))
     return unknown or tuple(_nothing_left(body, offers))
 
@@ -52,6 +55,27 @@ def require_fit(draft: Mapping[str, Any] | str, offers: Sequence[Offer]) -> Poli
         told = " ".join(f"`{problem.field}`: {problem.reason}" for problem in problems)
         raise Invalid(f"The policy was not accepted. {told}", param=problems[0].field)
     return body
+
+
+async def known(tx_system: Transaction, plugged: Sequence[Offer]) -> tuple[Offer, ...]:
+    """What is plugged in, and every other relay that the operator has an account with: it may be plugged in later."""
+    there = {offer.backend for offer in plugged}
+    others = [record.relay for record in await relays.listing(tx_system) if record.relay.name not in there]
+    return (*plugged, *(_unplugged(relay) for relay in others))
+
+
+def _unplugged(relay: Relay) -> Offer:
+    return Offer(
+        backend=relay.name,
+        models=relay.models or (),
+        words=True,
+        translate=True,
+        streaming=True,
+        languages=None,
+        up=False,
+        kind="relay",
+        region=relay.region,
+    )
 
 
 def _problem(wrong: ErrorDetails) -> Problem:
