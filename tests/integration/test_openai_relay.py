@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import groq
-import httpx
 import numpy as np
 import openai
 import pytest
@@ -157,7 +156,7 @@ async def test_the_file_comes_last_and_whole(relay: OpenAIRelay, server: OpenAIS
         await relay.transcribe(audio, Options())
         form, request = server.asked[-1], server.http.requests[-1]
         assert form.file is not None
-        assert request.body.endswith(form.file + request.body[-38:])
+        assert request.body.endswith(form.file + request.body[-40:])
         assert (form.filename, form.media_type) == (f"audio.{suffix}", f"audio/{suffix}")
         path = tmp_path / form.filename
         path.write_bytes(form.file)
@@ -281,7 +280,7 @@ DONE = {"type": "transcript.text.done", "text": "Hello there. Bye."}
         (sse(DONE), ["Hello there. Bye."]),
         (sse(delta("你好。再见。"), DONE), ["你好。", "再见。"]),
         (sse(delta("3.5 a 4."), DONE, delta("after the end")), ["3.5 a 4."]),
-        (sse(delta("word " * 150), DONE), [("word " * 101)[:501].strip(), ("word " * 49).strip()]),
+        (sse(delta("word " * 150), DONE), [("word " * 100).strip(), ("word " * 50).strip()]),
         (sse({"type": "transcript.text.delta"}, {"type": "new"}, delta("a\x00b"), DONE), ["ab"]),
         (Fault(answer=Answer(b'{"text":"Whole."}')), ["Whole."]),  # it does not stream, whatever was asked
     ],
@@ -343,11 +342,15 @@ async def test_a_server_without_word_times_is_found_out() -> None:
 @pytest.mark.parametrize(
     ("text", "words", "tokens"),
     [
-        ('He said: "Well-known, I am!" (Yes)', "He said Well-known I am Yes", 'He said: "Well-known, I am!" (Yes)'),
-        ("a an a", "a an a", "a an a"),
-        ("你好世界", "你好 世界", "你好 世界"),
-        ("It costs $5 - or 6.", "It costs 5 or 6", "It costs $5 - or 6."),
-        ("something else", "not what it says", "not what it says"),
+        (
+            'He said: "Well-known, I am!" (Yes)',
+            "He said Well-known I am Yes",
+            ["He", "said:", '"Well-known,', "I", 'am!"', "(Yes)"],
+        ),
+        ("a an a", "a an a", ["a", "an", "a"]),
+        ("你好世界。", "你好 世界", ["你好", "世界。"]),
+        ("It costs $5 – or 6.", "It costs 5 or 6", ["It", "costs", "$5 –", "or", "6."]),
+        ("something else", "not what it says", ["not", "what", "it", "says"]),
     ],
 )
 async def test_words_in_a_text(server: OpenAIServer, relay: OpenAIRelay, text: str, words: str, tokens: str) -> None:
@@ -355,9 +358,7 @@ async def test_words_in_a_text(server: OpenAIServer, relay: OpenAIRelay, text: s
     body = {"text": text, "segments": [{"text": f" {text}", "start": 0, "end": 9}], "words": said}
     server.http.fault = Fault(answer=Answer(json.dumps(body).encode()))
     answer = await relay.transcribe(np.zeros(160_000, np.int16), Options(words=True))
-    assert [word.text for word in answer.segments[0].words] == [
-        *(token for token in ([tokens[:-1]] if False else tokens.split(" ")) if token)
-    ] or " ".join(word.text for word in answer.segments[0].words) == tokens
+    assert [word.text for word in answer.segments[0].words] == tokens
 
 
 # --- hostile answers ----------------------------------------------------------------------------------------------
@@ -525,9 +526,6 @@ async def test_a_provider_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch
     async with deaf() as address:
         with pytest.raises(BackendTimeout):
             await connecting_to(address)
-    async with openai_server() as server:
-        with pytest.raises(BackendUnavailable):  # it speaks no TLS
-            await connecting_to(server.http.url.replace("http:", "https:"))
 
     def unknown(*_: Any, **__: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -538,16 +536,19 @@ async def test_a_provider_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch
     tells_nothing(failed.value)
 
 
-async def test_what_is_not_http(relay: OpenAIRelay) -> None:
+async def test_what_is_not_http() -> None:
     async def babble(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-OpenSSH_9.6 the-secret\r\n" * 10)
         await writer.drain()
         writer.close()
 
     async with await asyncio.start_server(babble, "127.0.0.1", 0) as listening:
+        address = f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"
         with pytest.raises(BackendFailed) as failed:
-            await connecting_to(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
-    assert "the-secret" not in str(failed.value)
+            await connecting_to(f"http://{address}")
+        tells_nothing(failed.value)
+        with pytest.raises(BackendUnavailable):
+            await connecting_to(f"https://{address}")
 
 
 async def test_connections_are_kept(server: OpenAIServer, relay: OpenAIRelay) -> None:
@@ -557,35 +558,29 @@ async def test_connections_are_kept(server: OpenAIServer, relay: OpenAIRelay) ->
     assert server.http.opened == before + 1
 
 
-async def test_no_slot_is_lost_to_those_who_leave(
-    server: OpenAIServer, relay: OpenAIRelay, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_no_slot_is_lost_to_those_who_leave(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand leave at random moments of a request; then as many as there are slots find one each."""
     monkeypatch.setattr(relays, "MOST_CONNECTIONS", 8)
-    chance = random.Random(4)
     server.http.fault = Fault(wait_s=0.002, piece_bytes=100, pause_s=0.001)
-    left = 0
+    chance = random.Random(4)
+    async with relay_to(server, patience=Patience(connect_s=1.0, silent_s=5.0, whole_s=5.0)) as relay:
 
-    async def leave_early() -> None:
-        nonlocal left
-        asked = asyncio.create_task(relay.transcribe(CLIP, Options()))
-        await asyncio.sleep(chance.uniform(0, 0.03))
-        asked.cancel()
-        try:
-            await asked
-        except (asyncio.CancelledError, BackendTimeout):
-            left += 1
+        async def leave_early() -> bool:
+            asked = asyncio.create_task(relay.transcribe(CLIP, Options()))
+            await asyncio.sleep(chance.uniform(0, 0.05))
+            asked.cancel()
+            await asyncio.wait([asked])
+            return asked.cancelled()
 
-    for _ in range(1_000 // 20):
-        await asyncio.gather(*(leave_early() for _ in range(20)))
-    assert left > 500
-    server.http.fault = Fault(wait_s=2.5 * IMPATIENT.connect_s)  # longer than anybody waits for a slot
-    async with relay_to(server, patience=Patience(connect_s=IMPATIENT.connect_s, silent_s=5, whole_s=5)) as fresh:
-        fresh._http = relay._http
-        fresh._http.timeout = httpx.Timeout(5, connect=IMPATIENT.connect_s, pool=IMPATIENT.connect_s)
-        answers = await asyncio.gather(*(fresh.transcribe(SECONDS_5, Options()) for _ in range(8)))
-    assert [answer.text for answer in answers] == [SAID] * 8
-    assert server.http.open <= 8
+        left = [await asyncio.gather(*(leave_early() for _ in range(20))) for _ in range(50)]
+        assert sum(map(sum, left)) > 500
+        assert sum(map(sum, left)) < 1_000
+        server.http.fault = Fault(wait_s=2.0)  # longer than anybody waits for a slot
+        answers = await asyncio.gather(*(relay.transcribe(SECONDS_5, Options()) for _ in range(8)))
+        assert [answer.text for answer in answers] == [SAID] * 8
+        with pytest.raises(BackendTimeout):
+            await asyncio.gather(*(relay.transcribe(SECONDS_5, Options()) for _ in range(9)))
+    server.http.fault = None
 
 
 # --- our own engine -----------------------------------------------------------------------------------------------
@@ -658,7 +653,8 @@ async def test_openais_client_understands_the_stand_in(client: AsyncOpenAI) -> N
     events = [event async for event in await create(file=WAV, model="gpt-transcribe", stream=True)]
     assert "".join(event.delta for event in events if event.type == "transcript.text.delta") == said
     assert events[-1].type == "transcript.text.done"
-    assert (await client.audio.translations.create(file=WAV, model="whisper-1")).text == said
+    with pytest.deprecated_call():
+        assert (await client.audio.translations.create(file=WAV, model="whisper-1")).text == said
     assert (await client.models.list()).data[0].id == "whisper-1"
 
 

@@ -142,7 +142,7 @@ class HttpServer:
         fault = self.faults.pop(0) if self.faults else self.fault
         request = await _read(head, reader, unread=fault is not None and fault.unread)
         self.requests.append(request)
-        answer = self._respond(request)
+        answer = Answer() if fault is not None and fault.unread else self._respond(request)
         if fault is None:
             writer.write(_head(answer) + _whole(answer))
             await writer.drain()

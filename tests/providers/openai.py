@@ -13,7 +13,7 @@ import json
 import re
 import tempfile
 import wave
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from email.message import Message
@@ -288,13 +288,12 @@ def _bodies(
         verbose["segments"] = _segments(said)
     if "word" in asked:
         verbose["words"] = _words(said)
-    lines = [f"{_clock(at, ',')} --> {_clock(end, ',')}\n{line}\n\n" for at, end, line in _cues(said)]
     return {
         "json": _json({"text": text} | languages | tail),
         "verbose_json": _json(verbose | tail),
         "text": Answer(f"{text}\n".encode(), media_type="text/plain; charset=utf-8"),
-        "srt": Answer("".join(f"{number}\n{line}" for number, line in enumerate(lines, 1)).encode(), 200, "text/plain"),
-        "vtt": Answer(("WEBVTT\n\n" + "".join(lines).replace(",", ".")).encode(), media_type="text/vtt"),
+        "srt": Answer("".join(_lines(said, ",", numbered=True)).encode(), media_type="text/plain; charset=utf-8"),
+        "vtt": Answer("".join(["WEBVTT\n\n", *_lines(said, ".")]).encode(), media_type="text/vtt; charset=utf-8"),
     }
 
 
@@ -321,6 +320,12 @@ def _words(said: list[str]) -> list[dict[str, Any]]:
         {"word": word.strip(",."), "start": at * WORD_MS / 1000, "end": (at + 1) * WORD_MS / 1000}
         for at, word in enumerate(said)
     ]
+
+
+def _lines(said: list[str], point: str, *, numbered: bool = False) -> Iterator[str]:
+    for number, (at, end, line) in enumerate(_cues(said), start=1):
+        yield f"{number}\n" if numbered else ""
+        yield f"{_clock(at, point)} --> {_clock(end, point)}\n{line}\n\n"
 
 
 def _cues(said: list[str]) -> list[tuple[int, int, str]]:
