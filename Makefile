@@ -71,6 +71,10 @@ soak: setup ## an hour of live streams: memory, dropped finals, e.g. ARGS="--min
 bench-density: setup ## as many live streams as one core carries, e.g. ARGS="--streams 300 --seconds 20"
 	@$(BIN)/python -m tests.benchmarks density $(ARGS)
 
+.PHONY: bench-relay
+bench-relay: setup ## what a request to a provider costs, by the HTTP client
+	@$(BIN)/python -m tests.benchmarks relay
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

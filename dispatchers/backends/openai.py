@@ -33,7 +33,7 @@ from dispatchers.interface import (
 
 MIB = 1024 * 1024
 FLAC_FROM_BYTES = MIB
-"""A recording above this is packed before it is sent: half the bytes, for 1 ms of a core a minute."""
+"""A recording above this is packed before it is sent: half the bytes of speech, for 20 ms of a core a minute."""
 _AT_ONCE = 256 * 1024
 """An answer above this is read in a thread."""
 _ROOM = 64

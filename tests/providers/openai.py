@@ -256,7 +256,8 @@ def _parameters(header: str, name: str) -> tuple[str, str]:
 def _duration_ms(audio: bytes) -> int:
     if audio[:4] == b"RIFF":
         with wave.open(io.BytesIO(audio)) as file:
-            return file.getnframes() * 1000 // file.getframerate()
+            frames, rate = file.getnframes(), file.getframerate()
+            return frames * 1000 // rate
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(audio)
         try:
