@@ -34,13 +34,14 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
         timeout = aiohttp.ClientTimeout(
             connect=limits.get("pool"), sock_connect=limits.get("connect"), sock_read=limits.get("read")
         )
+        body = _body(request)  # first: it says what of the headers is aiohttp's to say
         with _translated():
             answer = await self._opened().request(
                 request.method,
                 str(request.url),
                 headers=request.headers.multi_items(),
                 skip_auto_headers=("content-type",),
-                data=_body(request),
+                data=body,
                 allow_redirects=False,
                 timeout=timeout,
             )
@@ -54,7 +55,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=self._idle_s, ssl=_tls()),
+                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=self._idle_s, ssl=tls()),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )
@@ -101,6 +102,6 @@ def _translated() -> Iterator[None]:
 
 
 @cache
-def _tls() -> ssl.SSLContext:
-    """Takes tens of ms to make."""
+def tls() -> ssl.SSLContext:
+    """What providers' certificates are checked with. Takes tens of ms to make."""
     return httpx.create_ssl_context()

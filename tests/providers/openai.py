@@ -16,13 +16,13 @@ import wave
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 from dispatchers.audio.decode import load
 from dispatchers.backends.relay import Account
 from dispatchers.errors import AudioError
+from tests.providers.forms import Form, parse
 from tests.providers.http import Answer, HttpServer, Request, http_server
 
 KEY = "sk-test-0123456789abcdef"
@@ -40,7 +40,8 @@ _GPT = ("json", "text")
 
 @dataclass(frozen=True)
 class Flavour:
-    """How a provider differs. `formats` by model; `names` its languages."""
+    """How a provider differs. `formats` by model; `english`: what it calls that language; `text_duration`: it gives the
+    duration as a string."""
 
     root: str = "/v1"
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -78,21 +79,6 @@ VLLM = Flavour(
     words=False,
     text_duration=True,
 )
-
-
-@dataclass(frozen=True)
-class Form:
-    """A multipart body. Names as sent, brackets included."""
-
-    fields: Mapping[str, tuple[str, ...]]
-    file: bytes | None
-    filename: str = ""
-    media_type: str = ""
-
-    def one(self, name: str, default: str = "") -> str:
-        """The field's only value."""
-        (value,) = self.fields.get(name, (default,))
-        return value
 
 
 @dataclass
@@ -217,40 +203,6 @@ class Refused(Exception):
         else:
             error |= {"param": self.param, "code": self.code}
         return _json({"error": error}, self.status)
-
-
-# --- requests -----------------------------------------------------------------------------------------------------
-
-
-def parse(request: Request) -> Form:
-    """A multipart form (RFC 7578), taken strictly: whatever is not to the letter is an `AssertionError`."""
-    kind, boundary = _parameters(request.headers["content-type"], "boundary")
-    assert kind == "multipart/form-data"
-    first, *parts, last = (b"\r\n" + request.body).split(b"\r\n--" + boundary.encode())
-    assert (first, last) == (b"", b"--\r\n")
-    fields: dict[str, tuple[str, ...]] = {}
-    form = Form(fields, None)
-    for part in parts:
-        assert part.startswith(b"\r\n")
-        head, separator, content = part[2:].partition(b"\r\n\r\n")
-        assert separator
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
-        headers = {name.lower(): value for name, value in headers.items()}
-        _, name = _parameters(headers["content-disposition"], "name")
-        _, filename = _parameters(headers["content-disposition"], "filename")
-        if filename:
-            assert (name, form.file) == ("file", None)
-            form = replace(form, file=content, filename=filename, media_type=headers["content-type"])
-        else:
-            fields[name] = (*fields.get(name, ()), content.decode())
-    return form
-
-
-def _parameters(header: str, name: str) -> tuple[str, str]:
-    """A header's value, and one of its parameters."""
-    message = Message()
-    message["content-type"] = header
-    return header.partition(";")[0].strip(), str(message.get_param(name, ""))
 
 
 def _duration_ms(audio: bytes) -> int:
