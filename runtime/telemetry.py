@@ -59,6 +59,7 @@ LONGEST_VALUE = 16_384
 TALKATIVE = (
     "httpx",
     "httpcore",
+    "websockets",
     "mcp",
     "asyncio",
     "faster_whisper",
