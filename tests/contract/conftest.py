@@ -12,6 +12,7 @@ from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.deepgram import DeepgramRelay
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.openai import OpenAIRelay, Quirks
 from dispatchers.backends.scripted import Scripted
@@ -20,7 +21,15 @@ from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
 from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
+from tests.providers.deepgram import Said, deepgram_server
 from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
+
+SCRIPT: tuple[Said, ...] = (
+    *(("where", 0.45, 0.76), ("is", 0.76, 0.94), ("the", 0.94, 1.12), ("hospital", 1.12, 1.79)),
+    *(("please", 3.1, 3.52), ("update", 3.52, 4.08), ("my", 4.08, 4.28), ("project", 4.28, 4.92)),
+    *(("before", 4.92, 5.34), ("sunday", 5.34, 5.95), ("thank", 6.5, 6.88)),
+)
+"""What is said in `speech`, for providers that do not listen."""
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
@@ -62,6 +71,24 @@ def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]
     return hosted
 
 
+class HostedDeepgram(DeepgramRelay):
+    """The same at Deepgram."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
+async def deepgram() -> Dispatcher:
+    hosts = AsyncExitStack()
+    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
+    made = HostedDeepgram(server.account())
+    made.hosts = hosts
+    return made
+
+
 def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
     async def segmenting() -> Dispatcher:
         return Segmenting(await batch(), SileroVad.load())
@@ -82,11 +109,13 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "child": child,
     "openai": relay("openai", OPENAI),
     "groq": relay("groq", GROQ),
+    "deepgram": deepgram,
     "segmenting openai": streaming(relay("openai", OPENAI)),
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
     "per channel scripted": per_channel(streaming(scripted)),
+    "per channel deepgram": per_channel(deepgram),
 }
 
 

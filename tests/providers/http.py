@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -95,14 +95,18 @@ FAULTS: dict[str, Fault] = {
 """Hostile answers by name. `the-secret` in them must be seen nowhere."""
 
 Responder: TypeAlias = Callable[[Request], Answer]
+Upgrader: TypeAlias = Callable[[Request, bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+"""Takes over the connection that a request with this head opened; it is closed afterwards."""
 
 
 class HttpServer:
     """Answers with `respond`. `fault` meets every answer while it is set, and those in `faults` one answer each before
-    it. `requests` are those that came whole; `open` is how many connections there are."""
+    it. `requests` are those that came whole; `open` is how many connections there are. Who asks for another protocol is
+    given to `upgrade`."""
 
-    def __init__(self, respond: Responder, url: str) -> None:
+    def __init__(self, respond: Responder, url: str, upgrade: Upgrader | None = None) -> None:
         self.url = url
+        self._upgrade = upgrade
         self.fault: Fault | None = None
         self.faults: list[Fault | None] = []
         self.requests: list[Request] = []
@@ -142,6 +146,9 @@ class HttpServer:
         fault = self.faults.pop(0) if self.faults else self.fault
         request = await _read(head, reader, unread=fault is not None and fault.unread)
         self.requests.append(request)
+        if fault is None and self._upgrade is not None and "upgrade" in request.headers:
+            await self._upgrade(request, head, reader, writer)
+            return False
         answer = Answer() if fault is not None and fault.unread else self._respond(request)
         if fault is None:
             writer.write(_head(answer) + _whole(answer))
@@ -151,10 +158,10 @@ class HttpServer:
 
 
 @asynccontextmanager
-async def http_server(respond: Responder) -> AsyncIterator[HttpServer]:
+async def http_server(respond: Responder, upgrade: Upgrader | None = None) -> AsyncIterator[HttpServer]:
     """A server of its own port, in this event loop."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
-        server = HttpServer(respond, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server = HttpServer(respond, f"http://127.0.0.1:{listener.getsockname()[1]}", upgrade)
         listening = await asyncio.start_server(server.serve, sock=listener, limit=1024 * 1024)
         try:
             yield server
