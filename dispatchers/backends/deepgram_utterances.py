@@ -198,7 +198,7 @@ class Utterances:
         if self._signs + len(text) > _SIGNS_AT_ONCE + heard_ms // _MS_A_SIGN:
             raise BadAnswer("The recogniser says more than can have been said. Try again.")
         if words:
-            start_ms, end_ms = words[0].start_ms, words[-1].end_ms
+            start_ms, end_ms = words[0].start_ms, max(word.end_ms for word in words)
         start_ms = min(start_ms, heard_ms - 1)
         sure = min(max(best.confidence, 0.0), 1.0)
         return _Piece(text, start_ms, max(end_ms, start_ms + 1), words, sure, _languages(best))
