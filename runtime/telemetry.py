@@ -59,7 +59,6 @@ LONGEST_VALUE = 16_384
 TALKATIVE = (
     "httpx",
     "httpcore",
-    "websockets",
     "mcp",
     "asyncio",
     "faster_whisper",

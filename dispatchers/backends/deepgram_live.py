@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -31,6 +32,7 @@ from dispatchers.backends.deepgram_wire import (
     load_message,
 )
 from dispatchers.backends.relay import CONNECT_S, Account, refusal
+from dispatchers.backends.transport import tls
 from dispatchers.errors import BackendError, BackendFailed, BackendTimeout, BackendUnavailable, BadAnswer
 from dispatchers.interface import (
     SAMPLE_RATE,
@@ -46,16 +48,27 @@ from dispatchers.interface import (
     to_ms,
 )
 
-KEEP_ALIVE_S = 4.0
-"""Deepgram leaves after 10 s without a word."""
-SILENT_S = 15.0
-"""For how long nothing may be answered to audio, and nothing taken of it."""
-FINALIZE_S = 2.0
-"""How long a `Finalize` may take. Deepgram does not promise to answer one."""
-DRAIN_S = 120.0
+_quiet = logging.getLogger(__name__)
+_quiet.setLevel(logging.WARNING)  # below that, websockets logs headers and frames
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long Deepgram may take. `recorded_s`: for a recording. Of live streams: `silent_s` to take audio, and to
+    answer any; `finalize_s` to answer a `Finalize`, which it does not promise; `drain_s` for what is left when the
+    audio has ended. It leaves who says nothing for 10 s: we say something after `keep_alive_s`."""
+
+    connect_s: float = CONNECT_S
+    recorded_s: float = 300.0
+    silent_s: float = 15.0
+    finalize_s: float = 2.0
+    drain_s: float = 120.0
+    keep_alive_s: float = 4.0
+
+
+PATIENT = Patience()
 CLOSE_S = 1.0
 PING_S, PONG_S = 10.0, 20.0
-
 MESSAGE_BYTES = 256 * 1024
 _FRAMES_WAITING = 16
 _BITE = SAMPLE_RATE // 4
@@ -69,10 +82,10 @@ _KEEP_ALIVE, _FINALIZE, _CLOSE = (json.dumps({"type": kind}) for kind in ("KeepA
 class LiveStream:
     """One stream. Puts its events into `out`."""
 
-    def __init__(self, account: Account, query: Query, options: Options, out: Outbox, tls: ssl.SSLContext | None):
+    def __init__(self, account: Account, query: Query, options: Options, out: Outbox, patience: Patience):
         self._account = account
         self._address = f"{account.base_url.rstrip('/').replace('http', 'ws', 1)}{LISTEN}?{urlencode(query)}"
-        self._tls = tls
+        self._patience = patience
         self._out = out
         self._utterances = Utterances(options)
         self._telling = asyncio.Lock()
@@ -131,7 +144,7 @@ class LiveStream:
         self._ended = True
         self._expect_answer()
         if self._closing is not None:
-            self._closing.reschedule(self._loop.time() + DRAIN_S)
+            self._closing.reschedule(self._loop.time() + self._patience.drain_s)
         await self._send(socket, _CLOSE)
 
     def _expect_answer(self) -> None:
@@ -152,7 +165,7 @@ class LiveStream:
         self._answered.clear()
         await self._send(socket, _FINALIZE)
         try:
-            async with asyncio.timeout(FINALIZE_S):
+            async with asyncio.timeout(self._patience.finalize_s):
                 await self._answered.wait()
         except TimeoutError:
             pass
@@ -161,8 +174,8 @@ class LiveStream:
         """Words that nothing follows are asked to be made final: Deepgram's clock stands still without audio."""
         while True:
             idle_s = self._loop.time() - self._sent_at
-            if idle_s < KEEP_ALIVE_S:
-                await asyncio.sleep(KEEP_ALIVE_S - idle_s)
+            if idle_s < self._patience.keep_alive_s:
+                await asyncio.sleep(self._patience.keep_alive_s - idle_s)
             else:
                 await self._send(socket, _FINALIZE if self._utterances.unsure else _KEEP_ALIVE)
 
@@ -170,7 +183,7 @@ class LiveStream:
         self._sent_at = self._loop.time()
         with self._unbroken():
             try:
-                async with asyncio.timeout(SILENT_S):
+                async with asyncio.timeout(self._patience.silent_s):
                     await socket.send(frame)
             except TimeoutError:
                 raise self._late() from None
@@ -191,10 +204,10 @@ class LiveStream:
         while True:
             try:
                 with self._unbroken():
-                    async with asyncio.timeout(SILENT_S):
+                    async with asyncio.timeout(self._patience.silent_s):
                         frame = await socket.recv()
             except TimeoutError:
-                if self._waiting_s() >= SILENT_S:
+                if self._waiting_s() >= self._patience.silent_s:
                     raise self._late() from None
             else:
                 return load_message(self._account, frame)
@@ -239,10 +252,11 @@ class LiveStream:
         return await _Connect(
             self._address,
             additional_headers={"Authorization": f"Token {self._account.key}"},
-            ssl=self._tls,
+            ssl=tls() if self._address.startswith("wss:") else None,
             proxy=None,
+            logger=_quiet,
             compression=None,  # noise to a compressor
-            open_timeout=CONNECT_S,
+            open_timeout=self._patience.connect_s,
             close_timeout=CLOSE_S,
             ping_interval=PING_S,
             ping_timeout=PONG_S,

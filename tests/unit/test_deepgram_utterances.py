@@ -268,7 +268,7 @@ def test_scripts_without_spaces_get_none() -> None:
 
 @pytest.mark.parametrize(
     ("languages", "language"),
-    [(["de", "de", "en"], "de"), (["zh-HK"], "yue"), (["en-US"], "en"), (["xx", "tlh"], "en"), ([], "en")],
+    [(["de", "de", "en"], "de"), (["zh-HK"], "yue"), (["en-US"], "en"), (["xx", "tlh"], "und"), ([], "und")],
 )
 def test_the_language_is_that_of_most_words(languages: list[str], language: str) -> None:
     told = Told()
