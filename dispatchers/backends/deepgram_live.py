@@ -91,10 +91,10 @@ class LiveStream:
         self._telling = asyncio.Lock()
         self._sent = 0  # samples
         self._sent_at = 0.0
-        self._asked_at: float | None = None  # since when an answer is awaited
+        self._unanswered = 0  # samples since the last message
+        self._ended_at: float | None = None
         self._answered = asyncio.Event()  # a `Finalize`
         self._closing: asyncio.Timeout | None = None
-        self._ended = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
@@ -141,21 +141,16 @@ class LiveStream:
                     self._utterances.drop(self._heard_ms)
                     await self._finalize(socket)
                     await self._tell(self._utterances.dropped(self._heard_ms))
-        self._ended = True
-        self._expect_answer()
+        self._ended_at = self._loop.time()
         if self._closing is not None:
-            self._closing.reschedule(self._loop.time() + self._patience.drain_s)
+            self._closing.reschedule(self._ended_at + self._patience.drain_s)
         await self._send(socket, _CLOSE)
-
-    def _expect_answer(self) -> None:
-        if self._asked_at is None:
-            self._asked_at = self._loop.time()
 
     async def _send_audio(self, socket: ClientConnection, samples: Samples) -> None:
         for at in range(0, len(samples), _BITE):
             bite = samples[at : at + _BITE]
             self._sent += len(bite)
-            self._expect_answer()
+            self._unanswered += len(bite)
             await self._send(socket, bite.astype("<i2", copy=False).tobytes())
 
     async def _finalize(self, socket: ClientConnection) -> None:
@@ -194,26 +189,30 @@ class LiveStream:
         """To the last message."""
         try:
             async with asyncio.timeout(None) as self._closing:
-                while not (isinstance(message := await self._next(socket), Metadata) and self._ended):
+                while not (isinstance(message := await self._next(socket), Metadata) and self._ended_at is not None):
                     await self._heed(message)
         except TimeoutError:
             raise self._late() from None
 
     async def _next(self, socket: ClientConnection) -> Message | None:
-        self._asked_at = None
+        self._unanswered, since = 0, self._loop.time()
         while True:
             try:
                 with self._unbroken():
                     async with asyncio.timeout(self._patience.silent_s):
                         frame = await socket.recv()
             except TimeoutError:
-                if self._waiting_s() >= self._patience.silent_s:
+                if self._is_late(since):
                     raise self._late() from None
             else:
                 return load_message(self._account, frame)
 
-    def _waiting_s(self) -> float:
-        return 0.0 if self._asked_at is None else self._loop.time() - self._asked_at
+    def _is_late(self, since: float) -> bool:
+        """Whether more than a little should have been said since then. A few words without a pause after them are
+        answered when there is more audio."""
+        if self._ended_at is not None:
+            return self._loop.time() - max(since, self._ended_at) >= self._patience.silent_s
+        return self._unanswered >= self._patience.silent_s * SAMPLE_RATE
 
     async def _heed(self, message: Message | None) -> None:
         match message:
@@ -246,7 +245,7 @@ class LiveStream:
         try:
             yield socket
         finally:
-            await socket.close()
+            await _close(socket)
 
     async def _connect(self) -> ClientConnection:
         return await _Connect(
@@ -281,6 +280,17 @@ class _Connect(connect):
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
+
+
+async def _close(socket: ClientConnection) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_S):  # its own does not cover a peer that does not read
+            await socket.close()
+    except TimeoutError:
+        pass
+    finally:
+        socket.transport.abort()
+        await socket.wait_closed()
 
 
 def _broken(account: Account, closed: ConnectionClosed) -> BackendError:

@@ -450,8 +450,9 @@ class _Live:
                 while await self._socket.receive():
                     pass
             case "not a frame":
-                await self._socket.raw(b"HTTP/1.1 500 -\r\n\r\n")
-                await asyncio.sleep(3600)
+                await self._socket.raw(b"HTTP/1.1 500 -\r\n\r\n" * 10)
+                while await self._socket.receive():
+                    pass
             case code:
                 await self._socket.close(int(code), f"DATA-0000: {KEY}")
 
