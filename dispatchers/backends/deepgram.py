@@ -53,7 +53,7 @@ LONGEST_MS = 60 * 60 * 1000
 """Far below Deepgram's own limits (2 GB, 10 min of work): the words of an hour fit in the longest answer we read."""
 
 FLAC_FROM_BYTES = 1024 * 1024
-"""A recording above this is packed before it is sent: half the bytes, for 1 ms of a core a minute."""
+"""A recording above this is packed before it is sent: half the bytes, for 20 ms of a core a minute."""
 _AT_ONCE = 512 * 1024
 """Samples packed in one go."""
 _LARGE_BYTES = 256 * 1024
