@@ -167,7 +167,7 @@ class LiveStream:
 
     async def _keep_alive(self, socket: ClientConnection) -> None:
         """Words that nothing follows are asked to be made final: Deepgram's clock stands still without audio."""
-        while True:
+        while self._ended_at is None:
             idle_s = self._loop.time() - self._sent_at
             if idle_s < self._patience.keep_alive_s:
                 await asyncio.sleep(self._patience.keep_alive_s - idle_s)
