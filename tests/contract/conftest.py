@@ -33,7 +33,7 @@ SCRIPT: tuple[Said, ...] = (
     *(("please", 3.1, 3.52), ("update", 3.52, 4.08), ("my", 4.08, 4.28), ("project", 4.28, 4.92)),
     *(("before", 4.92, 5.34), ("sunday", 5.34, 5.95), ("thank", 6.5, 6.88)),
 )
-"""What is said in `speech`, for recognisers that are not here."""
+"""What is said in `speech`, for providers that do not listen."""
 
 FURTHER = Path(__file__).parents[1] / "fixtures/further"
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
@@ -76,17 +76,22 @@ def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]
     return hosted
 
 
+class HostedDeepgram(DeepgramRelay):
+    """The same at Deepgram."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
 async def deepgram() -> Dispatcher:
-    server = AsyncExitStack()
-    provider = await server.enter_async_context(deepgram_server(SCRIPT))
-    return attended(DeepgramRelay(provider.account()), server)
-
-
-def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
-    """The relay, which closes the server that it speaks to with itself."""
-    server.push_async_callback(relay.aclose)
-    relay.aclose = server.aclose  # type: ignore[method-assign]
-    return relay
+    hosts = AsyncExitStack()
+    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
+    made = HostedDeepgram(server.account())
+    made.hosts = hosts
+    return made
 
 
 @contextmanager
