@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, density, fairness, memory, sounds, stream, together, words
+from tests.benchmarks import batch, density, fairness, firm, memory, sounds, stream, together, words
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -26,7 +26,7 @@ FILES: dict[str, Callable[[Console], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument(
-        "section", nargs="*", choices=[*FILES, "stream", "density", []], help=f"default: {' '.join(FILES)}"
+        "section", nargs="*", choices=[*FILES, "stream", "density", "firm", []], help=f"default: {' '.join(FILES)}"
     )
     live = parser.add_argument_group("stream and density")
     live.add_argument("--streams", type=int, nargs="+", help="at once, a run for each number")
@@ -36,7 +36,7 @@ def main() -> None:
     live.add_argument("--compare", action="store_true", help="beside padded windows and batching")
     live.add_argument("--fairness", action="store_true", help="a quiet tenant beside one that floods")
     live.add_argument("--words", action="store_true", help="word error, early words and revisions over 1,000 words")
-    live.add_argument("--samples", type=Path, help="for --words: a folder that the sample script made")
+    live.add_argument("--samples", type=Path, help="for --words and firm: a folder that the sample script made")
     given = parser.parse_args()
     console = Console(width=160)
     console.print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}\n")
@@ -57,6 +57,8 @@ def main() -> None:
             density.run(
                 console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
             )
+        elif name == "firm":
+            firm.run(console, given.samples)
         else:
             FILES[name](console)
 
