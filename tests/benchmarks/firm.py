@@ -8,6 +8,7 @@ speech, so that a change of the rules is the only thing that changes.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,14 @@ from dispatchers.interface import (
     Delta,
     Event,
     Final,
+    Heard,
     Options,
     Pcm,
     Samples,
     SpeechStarted,
     StreamInput,
     Transcript,
+    ignore,
 )
 
 FRAME = SAMPLE_RATE // 10
@@ -40,16 +43,22 @@ QUIET_S = 2.0
 
 
 class Prompt(LocalBackend):
-    """An engine whose every answer is there before the stream goes on."""
+    """An engine for which the stream waits. `rest_s` is how long its last answer took, for so long a stream rests."""
 
-    answers: asyncio.Event
+    def __init__(self) -> None:
+        super().__init__(MICRO, workers=1)
+        self.answered = asyncio.Event()
+        self.answered.set()
+        self.rest_s = 0.0
 
-    async def transcribe(self, audio: Samples, options: Options, *args: object) -> Transcript:
-        self.answers.clear()
+    async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
+        began = time.monotonic()
+        self.answered.clear()
         try:
-            return await super().transcribe(audio, options)
+            return await super().transcribe(audio, options, heard)
         finally:
-            self.answers.set()
+            self.rest_s = time.monotonic() - began
+            self.answered.set()
 
 
 @dataclass
@@ -73,16 +82,14 @@ class Tally:
 
 
 def run(console: Console, samples: Path | None) -> None:
-    console.print(asyncio.run(_replayed(samples or MICRO_SAMPLES)))
+    clips = sorted((samples or MICRO_SAMPLES).glob("clip*.wav"))
+    console.print(asyncio.run(_replayed(clips)))
 
 
-async def _replayed(folder: Path) -> Table:
-    vad, engine, tally = SileroVad.load(), Prompt(MICRO, workers=1), Tally()
-    engine.answers = asyncio.Event()
-    engine.answers.set()
+async def _replayed(clips: list[Path]) -> Table:
+    vad, engine, tally = SileroVad.load(), Prompt(), Tally()
     await engine.warm()
     chance = np.random.default_rng(5)
-    clips = sorted(folder.glob("clip*.wav"))
     for clip in track(clips, "clips"):
         quiet = chance.integers(-3, 4, int(QUIET_S * SAMPLE_RATE)).astype(np.int16)
         audio = np.concatenate([quiet[:SAMPLE_RATE], load(clip), quiet])
@@ -99,7 +106,9 @@ async def _fed(audio: Samples, engine: Prompt) -> AsyncIterator[StreamInput]:
         yield Pcm(audio[at : at + FRAME])
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # until what this made due has been asked
-        await engine.answers.wait()
+        if not engine.answered.is_set():
+            await engine.answered.wait()
+            await asyncio.sleep(engine.rest_s)
 
 
 def _told(clips: int, tally: Tally) -> Table:
