@@ -19,9 +19,12 @@ _DOUBTFUL = -0.2
 """Mean log probability of a window. Of 200 clips of the micro model's sample script 7 % lie below; of what the model
 makes of noise, tones, chords and telephone keys, all: -0.53 and less by itself, up to -0.27 beside speech."""
 
-_UNSURE = -0.15
-"""Mean log probability of a hypothesis. Without the micro model's below it, 5 of 400 utterances firm up wrongly instead
-of 34. A model whose probabilities lie lower loses no text by it: its text is firm later."""
+_UNSURE = -0.1
+_UNUSUAL = 2.0
+_LATELY = 0.1
+"""Below which mean log probability a hypothesis is unsure: this, or so many times what the stream's finals have lately
+(an exponential mean with this weight for the newest), whichever is lower, for models differ in how they speak of
+themselves. The micro model's finals have -0.06 on average. Chosen by docs/benchmarks.md ("Firm text")."""
 
 _SURE = 0.6
 _SURE_WORDS = 3
@@ -40,11 +43,6 @@ def doubtful(segment: Segment) -> bool:
     return segment.no_speech_prob > _NO_SPEECH or segment.avg_logprob < _DOUBTFUL
 
 
-def unsure(segment: Segment) -> bool:
-    """Whether what a hypothesis says should be heard again and again before it is firm."""
-    return segment.avg_logprob < _UNSURE
-
-
 def confidence(segments: list[Segment]) -> float:
     """The words' mean confidence, or the tokens' mean probability where there are no words; 0 for no text."""
     figures = [word.confidence for segment in segments for word in segment.words]
@@ -59,11 +57,19 @@ def shifted(word: Word, start_ms: int, end_ms: int) -> Word:
 
 @dataclass(slots=True)
 class Memory:
-    """What a stream's finals have told about what comes next: its language, once one was sure enough, and the last
-    text. What was not believed is not remembered; nor is, as in Whisper itself, what only a high temperature gave."""
+    """What a stream's finals have told about what comes next: its language, once one was sure enough, the last text,
+    and how sure the recogniser usually is. What was not believed is not remembered; nor is, as in Whisper itself, what
+    only a high temperature gave."""
 
     language: str | None = None
     context: str = ""
+    _usual: float | None = None
+
+    @property
+    def unsure_below(self) -> float:
+        """The mean log probability below which what a hypothesis says should be heard again and again before it is
+        firm."""
+        return _UNSURE if self._usual is None else min(_UNSURE, _UNUSUAL * self._usual)
 
     def options(self, given: Options, urgency: Urgency) -> Options:
         """What to ask for next. A language that was given stays; nobody is told when a partial's words were said."""
@@ -81,5 +87,10 @@ class Memory:
         segments = [segment for segment in transcript.segments if credible(segment) and segment.temperature <= _TOO_HOT]
         said = " ".join(segment.text for segment in segments).split()
         self.context = " ".join([*self.context.split(), *said])[-_CONTEXT_CHARACTERS:]
+        if segments:
+            self._note_sureness(min(segment.avg_logprob for segment in segments))
         if self.language is None and len(said) >= _SURE_WORDS and confidence(segments) >= _SURE:
             self.language = transcript.language
+
+    def _note_sureness(self, logprob: float) -> None:
+        self._usual = logprob if self._usual is None else self._usual + _LATELY * (logprob - self._usual)

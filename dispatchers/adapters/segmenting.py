@@ -199,7 +199,7 @@ class _Stream:
     async def _act(self, action: Started | Ended) -> None:
         match action:
             case Started(number, start):
-                self._current = _Heard(number, to_ms(start))
+                self._current = _Heard(number, to_ms(start), self._memory.unsure_below)
                 self._cadence.restart()
                 await self._telling.begin(self._current)
                 await self._take_place()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from dispatchers.adapters.credence import confidence, credible, shifted, unsure
+from dispatchers.adapters.credence import confidence, credible, shifted
 from dispatchers.audio.stabilise import Stabiliser, normal
 from dispatchers.interface import Delta, Event, Final, Partial, Transcript
 
 
 @dataclass(eq=False, slots=True)
 class Utterance:
-    """`coalesced` and `dropped` are its untold partials (see `Final`). Times are in ms of the stream."""
+    """`coalesced` and `dropped` are its untold partials (see `Final`); a hypothesis with a mean log probability
+    `unsure_below` this has to be heard more often. Times are in ms of the stream."""
 
     number: int
     start_ms: int = 0
+    unsure_below: float = -math.inf
     coalesced: int = 0
     dropped: int = 0
     _stabiliser: Stabiliser = field(init=False)
@@ -30,7 +33,8 @@ class Utterance:
         text = normal(" ".join(segment.text for segment in segments))
         if not text:
             return []
-        delta, stable, shown = self._stabiliser.partial(text, end_ms, unsure=any(map(unsure, segments)))
+        unsure = any(segment.avg_logprob < self.unsure_below for segment in segments)
+        delta, stable, shown = self._stabiliser.partial(text, end_ms, unsure=unsure)
         self._heard_until_ms = end_ms
         partial = Partial(self.number, shown, stable, start_ms, end_ms)
         return [partial] if delta is None else [Delta(self.number, delta, start_ms, end_ms), partial]

@@ -2,16 +2,12 @@
 
 LocalAgreement-2 (Liu, Spanakis and Niehues 2020; used for Whisper by Macháček, Dabre and Bojar 2023): what two
 hypotheses in a row begin with is firm. The newest word is held back besides, for its sound may have been cut off; and
-two words before it, unless a third hypothesis agrees, for a cut-off sound also misleads about what came before it. An
-utterance's first words do not wait for the third. Of 101 utterances of the micro model's samples, with a hypothesis
-each 300 ms, 3 left their firm text when two always sufficed, and none with this rule; the first words are as early, the
-others 0.2 s later on average.
+two words before it, unless a third hypothesis agrees, for a cut-off sound also misleads about what came before it.
 
 Two more rules keep wrong text from firming up. A recogniser guesses on where a cut-off sound leads, and successive
 guesses may agree; but it is unsure of them, and what the newest hypothesis is unsure of needs `_ALIKE_IF_UNSURE`
-hypotheses alike. And no text is firm before there was time to say it: a recogniser may run ahead of the speaker. Of 400
-utterances of two other scripts of the micro model (docs/benchmarks.md), 34 left their firm text without these rules,
-10 with them.
+hypotheses alike. And no text is firm before there was time to say it: a recogniser may run ahead of the speaker. What
+each rule is worth is in docs/benchmarks.md ("Firm text").
 
 Whoever cannot wait for agreement has what is `overdue` made firm as it stands, at the price of more finals that differ.
 A hypothesis does not say when its words were spoken; but a word was not yet spoken where the newest hypothesis without
@@ -98,8 +94,7 @@ class Stabiliser:
         """How many units this hypothesis and those before it make firm."""
         if unsure:
             return self._alike(units, _ALIKE_IF_UNSURE, held_back=1)
-        twice = self._alike(units, 2, held_back=_UNSURE if self._firm else 1)
-        return max(twice, self._alike(units, 3, held_back=1))
+        return max(self._alike(units, 2, held_back=_UNSURE), self._alike(units, 3, held_back=1))
 
     def _alike(self, units: list[str], hypotheses: int, *, held_back: int) -> int:
         """How many units so many hypotheses begin with, this one the newest."""

@@ -19,6 +19,7 @@ from tests.benchmarks import (
     batch,
     density,
     fairness,
+    firm,
     memory,
     overhead,
     relay_transport,
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "section",
         nargs="*",
-        choices=[*FILES, "stream", "density", "overhead", "relay", []],
+        choices=[*FILES, "stream", "density", "overhead", "relay", "firm", []],
         help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
@@ -52,7 +53,7 @@ def main() -> None:
     live.add_argument("--compare", action="store_true", help="beside padded windows and batching")
     live.add_argument("--fairness", action="store_true", help="a quiet tenant beside one that floods")
     live.add_argument("--words", action="store_true", help="word error, early words and revisions over 1,000 words")
-    live.add_argument("--samples", type=Path, help="for --words: a folder that the sample script made")
+    live.add_argument("--samples", type=Path, help="for --words and firm: a folder that the sample script made")
     parser.add_argument("--rate", type=int, default=overhead.RATE, help="for overhead: requests a second")
     given = parser.parse_args()
     console = Console(width=160)
@@ -78,6 +79,8 @@ def main() -> None:
             density.run(
                 console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
             )
+        elif name == "firm":
+            firm.run(console, given.samples)
         else:
             FILES[name](console)
 
