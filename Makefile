@@ -71,6 +71,10 @@ soak: setup ## an hour of live streams: memory, dropped finals, e.g. ARGS="--min
 bench-density: setup ## as many live streams as one core carries, e.g. ARGS="--streams 300 --seconds 20"
 	@$(BIN)/python -m tests.benchmarks density $(ARGS)
 
+.PHONY: bench-engine
+bench-engine: setup ## engines over HTTP, in batches, and killed under 50 live streams
+	@$(BIN)/python -m tests.benchmarks engine failover $(ARGS)
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

@@ -1,5 +1,6 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
-`make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
+`make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries. `make bench-engine`: what the network costs an engine, and what it
+costs live streams when one of two is killed.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, density, fairness, memory, sounds, stream, together, words
+from tests.benchmarks import batch, density, engine, failover, fairness, memory, sounds, stream, together, words
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -26,7 +27,10 @@ FILES: dict[str, Callable[[Console], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument(
-        "section", nargs="*", choices=[*FILES, "stream", "density", []], help=f"default: {' '.join(FILES)}"
+        "section",
+        nargs="*",
+        choices=[*FILES, "engine", "failover", "stream", "density", []],
+        help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
     live.add_argument("--streams", type=int, nargs="+", help="at once, a run for each number")
@@ -53,6 +57,10 @@ def main() -> None:
                 words.run(console, settings, given.samples)
             else:
                 stream.run(console, streams, given.seconds, settings, given.events)
+        elif name == "engine":
+            engine.run(console)
+        elif name == "failover":
+            failover.run(console, (given.streams or [50])[0], given.seconds)
         elif name == "density":
             density.run(
                 console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
