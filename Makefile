@@ -75,6 +75,10 @@ bench-density: setup ## as many live streams as one core carries, e.g. ARGS="--s
 bench-engine: setup ## engines over HTTP, in batches, and killed under 50 live streams
 	@$(BIN)/python -m tests.benchmarks engine failover $(ARGS)
 
+.PHONY: bench-relay
+bench-relay: setup ## what a request to a provider costs, by the HTTP client
+	@$(BIN)/python -m tests.benchmarks relay
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

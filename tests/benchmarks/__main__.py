@@ -1,6 +1,7 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
-`make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries. `make bench-engine`: what the network costs an engine, and what it
-costs live streams when one of two is killed.
+`make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
+`make bench-engine`: what the network costs an engine, and live streams when one of two is killed.
+`make bench-relay`: what a request to a provider costs, by the HTTP client.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -14,7 +15,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, density, engine, failover, fairness, memory, sounds, stream, together, words
+from tests.benchmarks import (
+    batch,
+    density,
+    engine,
+    failover,
+    fairness,
+    memory,
+    relay_transport,
+    sounds,
+    stream,
+    together,
+    words,
+)
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -29,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         "section",
         nargs="*",
-        choices=[*FILES, "engine", "failover", "stream", "density", []],
+        choices=[*FILES, "engine", "failover", "stream", "density", "relay", []],
         help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
@@ -61,6 +74,8 @@ def main() -> None:
             engine.run(console)
         elif name == "failover":
             failover.run(console, (given.streams or [50])[0], given.seconds)
+        elif name == "relay":
+            relay_transport.run(console)
         elif name == "density":
             density.run(
                 console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,14 +14,17 @@ from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.local import LocalBackend
+from dispatchers.backends.openai import OpenAIRelay, Quirks
 from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.further import recognisers
 from dispatchers.engine.models import MICRO, find
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
+from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
 from tests.engines import TOKEN, engine_process
+from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
 
 FURTHER = Path(__file__).parents[1] / "fixtures/further"
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
@@ -79,6 +82,29 @@ async def pool() -> Dispatcher:
     return engines
 
 
+class HostedRelay(OpenAIRelay):
+    """A relay whose provider ends with it."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
+def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]]:
+    async def hosted() -> Dispatcher:
+        hosts = AsyncExitStack()
+        server = await hosts.enter_async_context(openai_server(flavour))
+        quirks = PROVIDERS[provider].quirks
+        assert isinstance(quirks, Quirks)
+        made = HostedRelay(server.account(), quirks)
+        made.hosts = hosts
+        return made
+
+    return hosted
+
+
 def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
     async def segmenting() -> Dispatcher:
         return Segmenting(await batch(), SileroVad.load())
@@ -99,6 +125,9 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "child": child,
     "further": further,
     "pool": pool,
+    "openai": relay("openai", OPENAI),
+    "groq": relay("groq", GROQ),
+    "segmenting openai": streaming(relay("openai", OPENAI)),
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
