@@ -9,8 +9,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from tests.openai_relays import MIB, WAV
 from tests.providers.openai import GROQ, KEY, SCRIPT, OpenAIServer, openai_server
-from tests.relays import MIB, WAV
 
 
 @pytest.fixture
