@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dispatchers.formats import FORMATS
+from gateway import openapi_relays
 from gateway.errors import MEANINGS, MEDIA_TYPE
 from gateway.openapi_paths import PATHS, listed, obj, ref
 
@@ -301,7 +302,7 @@ def document() -> dict[str, Any]:
             "description": "Speech in, text and bills out: recordings, live streams and jobs.",
         },
         "security": [{"bearer": []}],
-        "paths": PATHS,
+        "paths": PATHS | openapi_relays.PATHS,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "responses": {
@@ -310,7 +311,7 @@ def document() -> dict[str, Any]:
                     "content": {MEDIA_TYPE: {"schema": ref("Problem")}},
                 }
             },
-            "schemas": SCHEMAS,
+            "schemas": SCHEMAS | openapi_relays.SCHEMAS,
         },
         "x-codes": {
             code: {"status": meaning.status, "close": meaning.close, "title": meaning.title}
