@@ -6,19 +6,16 @@ resolve (which backends, why) → admit (quota, price, hold) → recognise (with
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from dispatchers.errors import BackendUnavailable, DispatchError
 from dispatchers.interface import (
     SAMPLES_PER_MS,
-    Dispatcher,
     Heard,
     Options,
     Samples,
-    Segment,
     StreamInput,
     Transcript,
     VadOptions,
@@ -28,13 +25,16 @@ from dispatchers.interface import (
 from dispatchers.later import continued
 from dispatchers.meter import Meter
 from dispatchers.recorder import Recorder
+from dispatchers.registry import Registry
+from dispatchers.route import Route
 from dispatchers.streaming import Continuation, Live, Outlives, Summary, merged, stream_outcome
 from policy.admission import Admission, Lease, Outcome
 from policy.endpointing import settle
-from policy.errors import TakenOver
+from policy.errors import NotAllowed, TakenOver
 from policy.identity import Authenticator, Caller
-from policy.policies import Policy, PolicyBody, current
-from policy.resolve import Candidate, Decision, Demand, Offer, resolve
+from policy.policies import Policy, PolicyBody
+from policy.resolve import Candidate, Decision, Demand, Offer, permit
+from policy.terms import TermsBook
 from runtime.database import Database, Transaction
 
 
@@ -49,47 +49,41 @@ class Result:
 
 
 class Door:
-    """Assembled once a process, over the backends plugged in here, keyed by policy's names for them. Where there are
-    live streams, a `recorder` keeps the audio of those whose policy says so."""
+    """Assembled once a process, over what is plugged in. Where there are live streams, a `recorder` keeps the audio of
+    those whose policy says so. `terms`: what tenants may do and pay."""
 
     def __init__(
         self,
         database: Database,
         admission: Admission,
         authenticator: Authenticator,
-        backends: Mapping[str, Dispatcher],
+        registry: Registry,
         recorder: Recorder | None = None,
     ):
+        self.terms = TermsBook(database)
         self._database = database
         self._admission = admission
         self._authenticator = authenticator
-        self._backends = backends
+        self._registry = registry
         self._recorder = recorder
 
-    def offers(self) -> tuple[Offer, ...]:
-        """What is plugged in, as the resolver sees it."""
-        return tuple(
-            Offer(
-                backend=name,
-                models=dispatcher.capabilities.models,
-                words=dispatcher.capabilities.words,
-                translate=dispatcher.capabilities.translate,
-                streaming=dispatcher.capabilities.stream,
-                languages=dispatcher.capabilities.languages,
-                up=True,
-            )
-            for name, dispatcher in self._backends.items()
-        )
+    def offers(self, tenant_id: UUID | None = None) -> tuple[Offer, ...]:
+        """What is plugged in for this tenant, or for any, as the resolver sees it."""
+        return self._registry.offers(tenant_id)
+
+    @property
+    def up(self) -> bool:
+        """Whether anything is, for whomever."""
+        return self._registry.up
 
     async def policy(self, caller: Caller) -> Policy:
         """The tenant's policy in force now."""
-        async with self._database.tenant(caller.tenant_id) as tx:
-            return await current(tx, caller.tenant_id)
+        return (await self.terms.of(caller.tenant_id)).policy
 
     async def explain(self, caller: Caller, demand: Demand) -> tuple[Policy, Decision]:
         """Which backends the demand would go to, and why; raises as the real thing would."""
-        policy = await self.policy(caller)
-        return policy, resolve(policy.body, demand, self.offers())
+        terms, decision = await self.terms.decide(caller.tenant_id, demand, self.offers(caller.tenant_id))
+        return terms.policy, decision
 
     async def transcribe(
         self, caller: Caller, demand: Demand, options: Options, samples: Samples, heard: Heard = ignore
@@ -104,29 +98,11 @@ class Door:
             return Result(lease.session_id, transcript, candidate, receipt.billed_ms)
 
     async def recognise(
-        self, lease: Lease, options: Options, samples: Samples, heard: Heard = ignore
+        self, lease: Lease, options: Options, samples: Samples, heard: Heard = ignore, *, from_ms: int = 0
     ) -> tuple[Transcript, Candidate]:
-        """The first candidate that can; the next one only after a retryable failure that nobody has seen a word of."""
-        spoken = False
-
-        def note(segment: Segment) -> None:
-            nonlocal spoken
-            spoken = True
-            heard(segment)
-
-        failure: DispatchError = BackendUnavailable()
-        for candidate in lease.decision.candidates:
-            try:
-                transcript = await self._backends[candidate.backend].transcribe(
-                    samples, self._pinned(options, candidate, lease.tenant_id), note
-                )
-            except DispatchError as error:
-                failure = error
-                if spoken or not error.retryable or not lease.policy.body.fallback:
-                    break
-            else:
-                return transcript, candidate
-        raise failure
+        """By the first candidate that can (`Route.transcribe`). The samples begin at `from_ms` of the session."""
+        route = Route(self._registry, lease, await self._still_allowed(lease), from_ms=from_ms)
+        return await route.transcribe(options, samples, heard)
 
     async def accept(
         self, caller: Caller, demand: Demand, write: Callable[[Transaction, Lease], Awaitable[None]]
@@ -167,7 +143,7 @@ class Door:
             bounded = _bounded(options, demand, policy.body)
             start = Continuation(lease.session_id, lease.turn, 0, 0, Summary(channels=options.channels))
             async with self._streaming(
-                lease, start, caller, bounded, audio, hang_up=hang_up, outlives=outlives
+                lease, start, caller, bounded, audio, demand=demand, hang_up=hang_up, outlives=outlives
             ) as live:
                 yield live
 
@@ -187,7 +163,7 @@ class Door:
         async with self._admission.resumed(caller, where.session_id, where.turn) as lease:
             bounded = _bounded(options, demand, lease.policy.body)
             async with self._streaming(
-                lease, where, caller, bounded, audio, hang_up=hang_up, outlives=outlives
+                lease, where, caller, bounded, audio, demand=demand, hang_up=hang_up, outlives=outlives
             ) as live:
                 yield live
 
@@ -200,29 +176,29 @@ class Door:
         options: Options,
         audio: AsyncIterator[StreamInput],
         *,
+        demand: Demand,
         hang_up: Callable[[], None],
         outlives: Outlives,
     ) -> AsyncIterator[Live]:
-        candidate, summary, keep_text = lease.decision.candidates[0], where.summary, lease.policy.body.keep_transcripts
-        dispatcher = self._plugged(candidate.backend)
+        summary, keep_text = where.summary, lease.policy.body.keep_transcripts
+        route = Route(self._registry, lease, lease.decision.candidates, from_ms=where.from_ms)
+        candidate, origin = route.first()
         meter = Meter(
             lease,
-            candidate,
-            recheck=lambda: self._authenticator.recheck(caller),
+            route.served,
+            recheck=lambda: self._recheck(caller, demand, lease, route),
             hang_up=hang_up,
             progress=lambda: summary.progress(keep_text=keep_text),
             from_ms=where.from_ms,
         )
-        pinned = self._pinned(options, candidate, lease.tenant_id)
         ending: BaseException | None = None
         try:
             async with (
                 self._taped(lease, meter.audio(audio), where.from_ms) as metered,
-                dispatcher.stream(metered, pinned) as heard,
+                route.stream(metered, options) as heard,
                 merged(continued(heard, where.from_ms, where.announced), meter, summary) as events,
             ):
-                origin = dispatcher.origin(candidate.model)
-                yield Live(candidate, origin, pinned, events, summary, lease)
+                yield Live(candidate, origin, replace(options, model=candidate.model), events, summary, lease)
         except BaseException as error:
             ending = error
             raise
@@ -246,14 +222,37 @@ class Door:
         with self._recorder.taping(lease.tenant_id, lease.session_id, lease.policy.body, start=start) as taped:
             yield taped(audio)
 
-    def _plugged(self, backend: str) -> Dispatcher:
-        """Raises `BackendUnavailable` where another process had what this one has not."""
-        if backend not in self._backends:
-            raise BackendUnavailable
-        return self._backends[backend]
+    async def _recheck(self, caller: Caller, demand: Demand, lease: Lease, route: Route) -> None:
+        """Raises what forbids a live stream to go on: its caller's standing, or a policy that came later and leaves
+        nobody it could go on with."""
+        await self._authenticator.recheck(caller)
+        terms = await self.terms.of(caller.tenant_id)
+        if terms.policy.version != lease.policy.version:
+            route.allow(self._permitted(terms.policy, demand, lease))
 
-    def _pinned(self, options: Options, candidate: Candidate, tenant_id: UUID) -> Options:
-        return replace(options, model=candidate.model, share=tenant_id.hex)
+    async def _still_allowed(self, lease: Lease) -> tuple[Candidate, ...]:
+        """The lease's candidates, without those that a later policy forbids: a job may wait long. Raises `NotAllowed`
+        where none is left."""
+        policy = (await self.terms.of(lease.tenant_id)).policy
+        if policy.version == lease.policy.version:
+            return lease.decision.candidates
+        return self._permitted(policy, Demand("job"), lease)
+
+    def _permitted(self, policy: Policy, demand: Demand, lease: Lease) -> tuple[Candidate, ...]:
+        allowed, refusal = [], NotAllowed()
+        for candidate in lease.decision.candidates:
+            plug = self._registry.plug(lease.tenant_id, candidate.backend)
+            if plug is None:
+                continue
+            try:
+                permit(policy.body, demand, plug.offer(), candidate.model)
+            except NotAllowed as error:
+                refusal = error
+            else:
+                allowed.append(candidate)
+        if not allowed:
+            raise refusal
+        return tuple(allowed)
 
 
 def _bounded(options: Options, demand: Demand, policy: PolicyBody) -> Options:

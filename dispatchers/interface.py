@@ -73,7 +73,8 @@ class Options:
     `partial_interval_ms` of new speech. `max_delay_ms` is how long after it was spoken a word may wait for its delta,
     on the stream's clock; None: until hypotheses agree. `max_speaking` is how many streams of this `share` may be
     transcribed as they speak at once; None: any number. `channels` above 1: each is heard for itself, and what concerns
-    one of them says which, counted from 0.
+    one of them says which, counted from 0. `give_up`: a final that fails ends the stream with its failure, as somebody
+    stands by to take up the audio.
     """
 
     model: str = ""
@@ -91,6 +92,7 @@ class Options:
     max_speaking: int | None = None
     vad: VadOptions = field(default_factory=VadOptions)
     channels: int = 1
+    give_up: bool = False
     share: str = ""
     stream: str = ""
     urgency: Urgency = "batch"
@@ -261,7 +263,7 @@ Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cle
 class Capabilities:
     """What a dispatcher can do, as data. `languages` None means any; `models` are the names it answers to, its default
     first. `latest_wins`: of one `Options.stream` a newer partial takes the place of a waiting one, and is refused while
-    one runs; whichever goes raises `Superseded`."""
+    one runs; whichever goes raises `Superseded`. `up`: whether it takes work now."""
 
     batch: bool = True
     stream: bool = False
@@ -275,6 +277,7 @@ class Capabilities:
     least_billed_ms: int = 0
     languages: frozenset[str] | None = None
     models: tuple[str, ...] = ()
+    up: bool = True
 
 
 Heard: TypeAlias = Callable[[Segment], None]

@@ -153,10 +153,25 @@ SCHEMAS: dict[str, Any] = {
             "words": _INTEGER,
             "text": {**_MAYBE_STRING, "description": "Of a single session only; null where it is not kept."},
             "decision": {"type": "object"},
+            "legs": {
+                "type": "array",
+                "items": ref("Leg"),
+                "description": "Of a single session only: who was asked, in order, the failed attempts too.",
+            },
             "audio": {
                 "anyOf": [ref("SessionAudio"), {"type": "null"}],
                 "description": "Of a single session only; null where none is kept.",
             },
+        }
+    ),
+    "Leg": obj(
+        {
+            "backend": _STRING,
+            "model": _STRING,
+            "outcome": {**_STRING, "description": "`completed`, `cancelled`, or the code of what went wrong."},
+            "start_ms": _INTEGER,
+            "audio_ms": {**_INTEGER, "description": "Audio sent to it, of every channel."},
+            "took_ms": _INTEGER,
         }
     ),
     "SessionAudio": obj(

@@ -103,13 +103,18 @@ async def _serve(
         host, port = listener.getsockname()[:2]
         gc.collect()
         gc.freeze()  # what is here stays; looking through all of it again and again would hold up every stream
-        announcement = Announcement(f"http://{host}:{port}", gateway.door.offers()[0].models[0], note, token)
+        announcement = Announcement(f"http://{host}:{port}", _default_model(gateway), note, token)
         with _announced(settings, announcement):
             await _Server(
                 uvicorn_config(gateway),
                 started=lambda: announce(announcement),
                 leave=lambda: gateway.roster.drain(gateway.settings.stream_drain_s),
             ).serve(sockets=[listener])
+
+
+def _default_model(gateway: Gateway) -> str:
+    """Empty while no engine has said what it has."""
+    return next((model for offer in gateway.door.offers() for model in offer.models), "")
 
 
 @asynccontextmanager

@@ -7,12 +7,13 @@ Where a session changes hands (`Admission.resumed`), its `turn` tells the holder
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from policy import budget, metering, sessions, steps, tenants
+from policy import budget, legs, metering, sessions, steps, tenants
 from policy.errors import Conflict, NoPrice, TakenOver
+from policy.legs import Leg
 from policy.metering import Segment
 from policy.outage import ledger_reachable
 from policy.policies import Policy
@@ -65,6 +66,24 @@ class Lease:
         self._hold_price = most_expensive(prices.values()).price_nano_per_hour * session.channels
         self._attempted_ms = session.accepted_ms
         self.turn = session.turn
+        self._legs: list[Leg] = []  # not written yet
+
+    def note_leg(self, leg: Leg) -> None:
+        """An attempt that is over. It is written down with the next settle, with the session's end, or by `flush`."""
+        self._legs.append(leg)
+
+    @property
+    def unwritten(self) -> bool:
+        return bool(self._legs)
+
+    async def flush(self) -> None:
+        """Writes down what attempts there were, whatever has become of the session. Raises `LedgerUnavailable`."""
+        if not self._legs:
+            return
+        with ledger_reachable():
+            async with self._database.tenant(self.tenant_id) as tx:
+                written = await self._put_legs(tx)
+        self._forget(written)
 
     async def extend(self, to_ms: int) -> None:
         """Holds money for `[0, to_ms)`. Raises `BudgetExhausted` and leaves what is held, `Conflict` when the session
@@ -95,14 +114,15 @@ class Lease:
         """
         known = (self.settled_ms, self._attempted_ms)
         self._attempted_ms = to_ms
-        receipt = None
+        written, receipt = tuple(self._legs), None
         with ledger_reachable(), SETTLE_SECONDS.time():
             if extra is None and self.settled_ms == known[1] < to_ms:
-                receipt = await self._settle_at_once(to_ms, candidate, outcome, progress)
+                receipt = await self._settle_at_once(to_ms, candidate, outcome, progress, written)
             if receipt is None:
                 receipt = await self._settle_in_full(
                     to_ms, candidate, outcome=outcome, progress=progress, extra=extra, known=known
                 )
+        self._forget(written)
         if receipt.accepted_ms > self.settled_ms:
             LEDGER_ROWS.labels(candidate.backend).inc()
             LEDGER_AUDIO_MS.labels(candidate.backend).inc(receipt.accepted_ms - self.settled_ms)
@@ -112,13 +132,24 @@ class Lease:
         return receipt
 
     async def _settle_at_once(
-        self, to_ms: int, candidate: Candidate, outcome: Outcome | None, progress: Progress | None
+        self,
+        to_ms: int,
+        candidate: Candidate,
+        outcome: Outcome | None,
+        progress: Progress | None,
+        attempts: Sequence[Leg],
     ) -> Receipt | None:
         """None: the session does not stand where this process believes, and nothing was changed."""
         segment = self._segment(self.settled_ms, to_ms, self._segments, candidate)
         try:
             settled = await steps.settle(
-                self._database, self.tenant_id, segment, turn=self.turn, progress=progress, outcome=outcome
+                self._database,
+                self.tenant_id,
+                segment,
+                turn=self.turn,
+                progress=progress,
+                outcome=outcome,
+                attempts=self._priced(attempts),
             )
         except Unusual:
             return None
@@ -144,6 +175,7 @@ class Lease:
     ) -> Receipt:
         async with self._database.tenant(self.tenant_id) as tx:
             session = await self._check(tx)
+            await self._put_legs(tx)
             if not _is_done(session, to_ms, outcome, known):
                 if session.status != "open" or session.accepted_ms not in known:
                     raise Conflict("The session has ended, or somebody else goes on with it.")
@@ -171,7 +203,9 @@ class Lease:
         """Ends the session as it stands: nothing more is billed, what is held is given back. Again: no effect."""
         with ledger_reachable():
             async with self._database.tenant(self.tenant_id) as tx:
+                written = await self._put_legs(tx)
                 await self._close(tx, outcome)
+        self._forget(written)
         self.closed = True
 
     async def check(self) -> None:
@@ -194,6 +228,18 @@ class Lease:
         if session.turn != self.turn:
             raise TakenOver
         return session
+
+    def _priced(self, attempts: Sequence[Leg]) -> list[legs.Priced]:
+        return [(leg, self._prices[leg.backend, leg.model]) for leg in attempts]
+
+    async def _put_legs(self, tx: Transaction) -> tuple[Leg, ...]:
+        """Those written; to be forgotten when the transaction is known to have ended well."""
+        unwritten = tuple(self._legs)
+        await legs.record(tx, self.tenant_id, self.session_id, self._priced(unwritten))
+        return unwritten
+
+    def _forget(self, written: tuple[Leg, ...]) -> None:
+        self._legs = [leg for leg in self._legs if leg not in written]
 
     def _segment(self, start_ms: int, to_ms: int, number: int, candidate: Candidate) -> Segment:
         return Segment(

@@ -7,7 +7,7 @@ effective-dated: a new price closes the old one, and a session keeps the price o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -55,6 +55,19 @@ class BookEntry:
 
     tenant_id: UUID | None
     price: Price
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """What one tenant pays now, in its currency: its own prices and the list's, by (own, backend, model)."""
+
+    currency: str
+    prices: Mapping[tuple[bool, str, str], Price]
+
+    def of(self, backend: str, model: str) -> Price | None:
+        """By the rule of `price_for`; None: not for sale."""
+        ways = ((own, backend, name) for own in (True, False) for name in (model, ANY_MODEL))
+        return next((self.prices[way] for way in ways if way in self.prices), None)
 
 
 def half_even(numerator: int, denominator: int) -> int:
@@ -112,6 +125,12 @@ async def price_for(
     if row is None:
         raise NoPrice(f"No price in {currency} is set for {backend} with {model}, so it is not for sale.")
     return _price(row)
+
+
+async def price_list(tx: Transaction, tenant_id: UUID, currency: str) -> PriceList:
+    """Every price in force that the tenant may be asked."""
+    rows = await tx.execute(_LIST, {"tenant": tenant_id, "currency": currency})
+    return PriceList(currency, {(row.own, row.backend, row.model): _price(row) for row in rows})
 
 
 async def set_price(
@@ -173,6 +192,11 @@ _FIND = text(f"""
       and currency = :currency and effective @> coalesce(cast(:at as timestamptz), now())
     order by tenant_id is null, model = '*' limit 1
 """)  # noqa: S608  constants only
+
+_LIST = text(f"""
+    select {_COLUMNS}, tenant_id is not null as own from price_book
+    where (tenant_id is null or tenant_id = :tenant) and currency = :currency and effective @> statement_timestamp()
+""")  # noqa: S608
 
 _CURRENT = text(f"""
     select {_COLUMNS} from price_book

@@ -10,7 +10,7 @@ finds out what it is. Locks are taken in the same order: the session's row, its 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -18,6 +18,7 @@ from uuid import UUID
 
 import asyncpg
 
+from policy import legs
 from policy.identity import Caller
 from policy.metering import Segment
 from policy.pricing import Price, amount_nano, cover_nano, most_expensive
@@ -132,9 +133,10 @@ async def settle(
     turn: int,
     progress: Progress | None,
     outcome: Outcome | None,
+    attempts: Sequence[legs.Priced] = (),
 ) -> Settled:
-    """Bills a segment of a session that stands at its start, notes what it came to so far, and with an outcome ends it
-    and gives back what is still held. Raises `Unusual`."""
+    """Bills a segment of a session that stands at its start, notes what it came to so far and which attempts there
+    were, and with an outcome ends it and gives back what is still held. Raises `Unusual`."""
     billed_ms = (segment.end_ms - segment.start_ms) * segment.channels
     price = segment.price
     amount = amount_nano(billed_ms, price.price_nano_per_hour)
@@ -160,6 +162,7 @@ async def settle(
         amount if segment.held_nano is None else segment.held_nano,
         None if outcome is None else outcome.status,
         *_came_to(progress, outcome),
+        legs.as_json(attempts),
     )
     return Settled(row["all_billed_ms"], row["all_held_ms"], row["free_nano"], row["active"])
 
@@ -193,4 +196,4 @@ def _as_json(decision: Decision) -> str:
 
 
 _OPEN = f"select open_session_1({_parameters(17)}) as started_at"
-_SETTLE = f"select * from settle_session_1({_parameters(24)})"  # noqa: S608  constants only
+_SETTLE = f"select * from settle_session_1({_parameters(25)})"  # noqa: S608  constants only

@@ -17,6 +17,7 @@ from sqlalchemy.engine import make_url
 import migrations
 from runtime.bootstrap import bootstrap
 from runtime.postgres import EmbeddedServer, embedded_postgres
+from runtime.sealing import master_keys
 from runtime.settings import Settings
 
 DATABASE = "stenogate"
@@ -25,7 +26,8 @@ DATABASE = "stenogate"
 @contextmanager
 def with_database(settings: Settings, *, fast: bool = False) -> Iterator[Settings]:
     """The settings with every database URL set: as given, or of an embedded Postgres that is started (or joined, when
-    another process runs it on the same data dir), bootstrapped and migrated. Blocking; for the main thread.
+    another process runs it on the same data dir), bootstrapped and migrated; with its sealing keys. Blocking; for the
+    main thread.
 
     `fast` gives up durability, for tests.
     """
@@ -38,6 +40,7 @@ def with_database(settings: Settings, *, fast: bool = False) -> Iterator[Setting
                 "database_url": SecretStr(_role_url(server, "stenogate_app")),
                 "system_database_url": SecretStr(_role_url(server, "stenogate_system")),
                 "migration_database_url": SecretStr(_role_url(server, "stenogate_owner")),
+                "sealing_keys": master_keys(settings),
             }
         )
         owner_url = _role_url(server, "stenogate_owner")

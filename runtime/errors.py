@@ -5,6 +5,7 @@
     ├── dispatchers.errors.DispatchError   audio in, transcript out
     ├── workers.errors.JobError            durable work
     └── Misconfigured                      settings that do not fit together
+        └── Unsealable                     a secret at rest that they do not open
 
 A class says once, for every protocol, its `code` and whether the same request may succeed later (`retryable`). Its
 docstring is its default message, so it is written for the person who will read it. `gateway.errors` translates the
@@ -34,3 +35,7 @@ class Misconfigured(StenogateError):
     """The settings do not fit together."""
 
     code = "MISCONFIGURED"
+
+
+class Unsealable(Misconfigured):
+    """What is sealed does not open: its master key is another one now, or it was changed since it was sealed."""

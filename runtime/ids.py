@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["sess", "job", "req", "tok"]
+Kind: TypeAlias = Literal["sess", "job", "req", "tok", "cred"]
 
 
 def uuid7() -> uuid.UUID:

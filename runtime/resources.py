@@ -12,6 +12,7 @@ from runtime.blobs import Blobs
 from runtime.coordination import Coordination, InProcess, RedisCoordination
 from runtime.database import Database
 from runtime.errors import Misconfigured
+from runtime.sealing import Sealer, sealer_of
 from runtime.settings import Settings
 from runtime.signing import signing_key
 
@@ -25,6 +26,7 @@ class Resources:
     coordination: Coordination
     blobs: Blobs
     signing_key: bytes
+    sealer: Sealer
 
 
 @asynccontextmanager
@@ -45,6 +47,7 @@ async def open_resources(settings: Settings) -> AsyncIterator[Resources]:
             coordination=coordination,
             blobs=Blobs.open(settings.blob_url, settings.data_dir / "blobs"),
             signing_key=signing_key(settings),
+            sealer=sealer_of(settings),
         )
     finally:
         await coordination.aclose()

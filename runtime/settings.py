@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import binascii
 import os
+import re
+from base64 import b64decode
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -22,6 +25,7 @@ TIB = 1024 * 1024 * MIB
 SECOND_MS = 1000
 MINUTE_MS = 60 * SECOND_MS
 DAY_MS = 24 * 60 * MINUTE_MS
+SEALING_KEY_BYTES = 32
 
 Change: TypeAlias = Literal["live", "new_sessions", "start"]
 """When another value takes effect in a running gateway: at once, in sessions opened from then on, or never."""
@@ -32,14 +36,15 @@ NEW_SESSIONS: JsonDict = {"change": "new_sessions"}
 
 ENGINE_SETTINGS = (
     *("model", "whisper_model", "model_cache_dir", "device", "compute_type", "shortest_window"),
-    *("engine_workers", "engine_queue", "engine_batch", "max_upload_bytes", "log_level", "log_format"),
+    *("engine_workers", "engine_queue", "engine_batch", "engine_idle_s"),
+    *("max_upload_bytes", "log_level", "log_format"),
 )
 
 
 class Settings(BaseSettings):
     """What an operator may set. With none of it set, everything is embedded."""
 
-    model_config = SettingsConfigDict(env_prefix="STENOGATE_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="STENOGATE_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("data"), description="Where the embedded parts keep their files.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -61,9 +66,23 @@ class Settings(BaseSettings):
     signing_key: SecretStr | None = Field(
         None, description="HS256 key of gateway-issued tokens, at least 32 bytes; replicas share it. Unset: made once."
     )
+    sealing_keys: SecretStr | None = Field(
+        None,
+        description="Master keys that seal relays' credentials, each `id:base64` of 32 bytes, with commas between;"
+        " the first seals. Processes share them. Unset: made once, beside an embedded Postgres only.",
+    )
+    relay_allow_http: bool = Field(
+        False, description="Allow relays over plain http beyond this machine: keys and audio then go in clear."
+    )
     issuer: str = Field("stenogate", description="`iss` of gateway-issued tokens.")
     audience: str = Field("stenogate", description="`aud` that tokens must carry.")
     jwks_allow_http: bool = Field(False, description="Allow issuers' key sets over plain http (tests).")
+
+    region: str = Field(
+        "here",
+        pattern="^[a-z0-9][a-z0-9-]{0,62}$",
+        description="Where the engine of this installation is, as policies' `regions` name it.",
+    )
 
     model: str = Field("auto", description="Default: `auto`, `micro`, `pocketsphinx`, a Whisper name or a folder.")
     whisper_model: str = Field("small", description="The faster-whisper model that `auto` looks for.")
@@ -84,14 +103,33 @@ class Settings(BaseSettings):
         le=64,
         description="Short recognitions in one go; 0: 16 on a GPU, 1 on a CPU, where more gains little.",
     )
+    engine_idle_s: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        description="A model that nobody asked for so long is unloaded, the default excepted; 0: never.",
+    )
     engine_token: SecretStr | None = Field(
         None,
         min_length=1,
-        description="Bearer token that callers of the engine role must send. Unset: it only listens on loopback.",
+        description="Bearer token that callers of the engine role must send; a gateway with `STENOGATE_ENGINES` is one."
+        " Unset: the engine only listens on loopback.",
     )
-    backend: Literal["local", "scripted"] = Field(
-        "local", description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests."
+    engines: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Engines (`stenogate engine`) as `http(s)://host:port`, with commas between; each address of a name"
+        " is one. Unset: the models are in a child process.",
     )
+    backend: Literal["local", "scripted", "none"] = Field(
+        "local",
+        description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests; `none`: there"
+        " is no engine, only relays.",
+    )
+    relay_refresh_s: float = Field(
+        3.0, gt=0, le=300, description="Relays and their credentials are read anew so often; what is down is tried."
+    )
+    relay_requests: int = Field(64, ge=1, le=10_000, description="Recordings at a relay at once, by credential.")
+    relay_streams: int = Field(100, ge=1, le=10_000, description="Live streams at a relay at once, by credential.")
 
     max_upload_bytes: int = Field(
         2048 * MIB, ge=KIB, le=TIB, description="Largest upload accepted.", json_schema_extra=LIVE
@@ -190,7 +228,7 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "console"] = Field("json", description="JSON lines, or lines for people.")
 
-    @field_validator("origins", "trusted_proxies", mode="before")
+    @field_validator("origins", "trusted_proxies", "engines", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         """From the environment it comes as one text."""
@@ -208,12 +246,30 @@ class Settings(BaseSettings):
                 raise ValueError(f"{origin} is no origin; write scheme://host or scheme://host:port, or *")
         return None if origins is None else frozenset(origin.lower() for origin in origins)
 
+    @field_validator("engines")
+    @classmethod
+    def _engines(cls, engines: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for url in engines or ():
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or url != f"{parts.scheme}://{parts.netloc}":
+                raise ValueError("write each engine as http://host:port or https://host:port, with commas between")
+            if "@" in parts.netloc or not _is_port(url):
+                raise ValueError("an engine is a host and a port; its token is STENOGATE_ENGINE_TOKEN")
+        return engines and tuple(dict.fromkeys(engines))
+
     @field_validator("signing_key")
     @classmethod
     def _long_enough(cls, key: SecretStr | None) -> SecretStr | None:
         if key is not None and len(key.get_secret_value().encode()) < 32:
             raise ValueError("must be at least 32 bytes (RFC 7518, section 3.2); try `openssl rand -hex 32`")
         return key
+
+    @field_validator("sealing_keys")
+    @classmethod
+    def _named_keys(cls, keys: SecretStr | None) -> SecretStr | None:
+        if keys is not None:
+            sealing_keys(keys.get_secret_value())
+        return keys
 
     @field_validator("database_url", "system_database_url", "migration_database_url")
     @classmethod
@@ -226,6 +282,32 @@ class Settings(BaseSettings):
         """The same but for these, which are checked as the environment's are. Raises pydantic's `ValidationError`."""
         checked = type(self)(**values)
         return self.model_copy(update={name: getattr(checked, name) for name in values})
+
+
+def _is_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
+def sealing_keys(written: str) -> dict[str, bytes]:
+    """Master keys by their ids, in their order. Raises `ValueError`, which quotes no key."""
+    keys: dict[str, bytes] = {}
+    for part in written.strip().strip(",").split(","):
+        name, _, encoded = part.strip().partition(":")
+        try:
+            key = b64decode(encoded, validate=True)
+        except binascii.Error:
+            key = b""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,62}", name, re.ASCII) or len(key) != SEALING_KEY_BYTES:
+            raise ValueError(
+                "must be id:base64 of 32 bytes, with commas between; try `echo k1:$(openssl rand -base64 32)`"
+            )
+        if name in keys:
+            raise ValueError(f"the id {name} stands there twice")
+        keys[name] = key
+    return keys
 
 
 def change_of(name: str) -> Change:

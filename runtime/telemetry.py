@@ -62,6 +62,7 @@ LONGEST_VALUE = 16_384
 TALKATIVE = (
     "httpx",
     "httpcore",
+    "websockets",
     "mcp",
     "asyncio",
     "faster_whisper",
@@ -204,14 +205,30 @@ ENGINE = CollectorRegistry()
 
 
 class _EngineFigures(Collector):
-    """The engine's numbers among all others: this process' own or, where the models are in another, what that one told
-    last."""
+    """The engine's numbers among all others: this process' own or, where the models are elsewhere, what was told there
+    last. Those of a pool's engines carry a label, `engine`."""
 
     def __init__(self) -> None:
-        self.told: str | None = None
+        self._told: Mapping[str, list[Metric]] | None = None
+
+    def tell(self, told: Mapping[str, str] | None) -> None:
+        """What engines told, in Prometheus' text format, by label ("": the only one); None: this process' own are true.
+        Raises `ValueError`."""
+        parsed = {label: list(text_string_to_metric_families(text)) for label, text in (told or {}).items()}
+        self._told = None if told is None else parsed
 
     def collect(self) -> Iterable[Metric]:
-        return ENGINE.collect() if self.told is None else text_string_to_metric_families(self.told)
+        return ENGINE.collect() if self._told is None else _together(self._told)
+
+
+def _together(told: Mapping[str, list[Metric]]) -> Iterable[Metric]:
+    together: dict[str, Metric] = {}
+    for engine, families in told.items():
+        more = {"engine": engine} if engine else {}
+        for family in families:
+            whole = together.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            whole.samples.extend(sample._replace(labels=sample.labels | more) for sample in family.samples)
+    return together.values()
 
 
 ENGINE_FIGURES = _EngineFigures()
@@ -273,8 +290,26 @@ RECOGNITION_SECONDS = _histogram(
 )
 RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model", registry=ENGINE)
 
-ENGINE_UP = _gauge("engine_up", "Whether the engine's process is ready for work.")
+ENGINE_UP = _gauge("engine_up", "Whether the engine's process, or one of the pool's engines, is ready for work.")
 ENGINE_RESTARTS = _counter("engine_restarts", "Starts of the engine's process after it had ended by itself.")
+
+ENGINES = _gauge("engines", "Engines of the pool, by state.", "state")
+ENGINE_IN_FLIGHT = _gauge("engine_in_flight", "Recognitions asked of an engine of the pool and not answered.", "engine")
+ENGINE_EJECTIONS = _counter("engine_ejections", "Engines let out of the pool for a while, by reason.", "reason")
+ENGINE_RETRIES = _counter("engine_retries", "Recognitions given to another engine of the pool, by error code.", "code")
+
+BACKEND_UP = _gauge("backend_up", "Whether the backend can be asked, with one credential at least.", "backend")
+BACKEND_CREDENTIALS = _gauge(
+    "backend_credentials", "Credentials of a relay, by their breaker's state.", "backend", "state"
+)
+BREAKER_TRANSITIONS = _counter("breaker_transitions", "Changes of breakers, by the state entered.", "backend", "state")
+BACKEND_COOL_DOWNS = _counter("backend_cool_downs", "Pauses that a provider asked for.", "backend")
+BACKEND_RUNNING = _gauge("backend_running", "Requests and streams now at a relay.", "backend", "kind")
+BACKEND_PROBES = _counter("backend_probes", "Active probes of relays that were down, by outcome.", "backend", "outcome")
+LEGS = _counter("legs", "Attempts at sessions, by outcome.", "backend", "outcome")
+LEG_SECONDS = _histogram("leg_seconds", "How long an attempt took; streams apart.", LONG, "backend")
+FAILOVERS = _counter("failovers", "Sessions that went on elsewhere, by the backend left.", "backend", "kind")
+FAILOVERS_REFUSED = _counter("failovers_refused", "Requests not tried elsewhere, as too many were.", "backend")
 
 JOBS = _gauge("jobs", "Jobs by state.", "state")
 

@@ -176,7 +176,7 @@ class Jobs:
         if probed.duration_ms:
             return probed.duration_ms
         policy = await self._door.policy(caller)
-        return min(upload.size * 8 * 1000 // SLOWEST_BITS_PER_S, policy.body.max_file_ms)
+        return min(upload.size * 8 * 1000 // SLOWEST_BITS_PER_S, policy.body.longest_ms("job"))
 
     async def _look(self, tenant_id: UUID, job_id: UUID) -> Job:
         async with self._database.tenant(tenant_id) as tx:

@@ -92,7 +92,12 @@ class Scheduler:
         """About how long live work (finals and partials) that came now would stand in the queue, going by what such
         work took of late. Batches stand behind it and do not count."""
         ahead = len(self._lines["final"]) + len(self._lines["partial"])
-        return self._live_mean_s * ahead / self.workers
+        return self.pace_s * ahead
+
+    @property
+    def pace_s(self) -> float:
+        """By about how much a piece of live work makes the queue longer."""
+        return self._live_mean_s / self.workers
 
     @property
     def running(self) -> int:

@@ -83,7 +83,7 @@ create function settle_session_1(
     p_tenant uuid, p_session uuid, p_turn int, p_segment int, p_start_ms bigint, p_end_ms bigint, p_billed_ms bigint,
     p_channels smallint, p_backend text, p_model text, p_customer text, p_price uuid, p_price_nano bigint,
     p_amount bigint, p_cost bigint, p_currency text, p_held_nano bigint, p_status text, p_code text, p_engine text,
-    p_language text, p_utterances int, p_words int, p_text text,
+    p_language text, p_utterances int, p_words int, p_text text, p_legs jsonb,
     out all_billed_ms bigint, out all_held_ms bigint, out free_nano bigint, out active boolean
 ) language plpgsql as $body$
 begin
@@ -135,6 +135,14 @@ begin
         from held
         where w.tenant_id = p_tenant and w.budget_id = held.budget_id and w.window_start = held.window_start
         returning w.budget_id, w.settled_nano + w.held_nano as spent_nano
+    ), attempts as (
+        insert into legs (tenant_id, session_id, id, backend, model, credential_id, outcome, start_ms, audio_ms,
+                          charged_ms, took_ms, cost_nano, currency)
+        select p_tenant, w.id, leg.* from written w cross join jsonb_to_recordset(p_legs) as leg (
+            id uuid, backend text, model text, credential_id uuid, outcome text, start_ms bigint, audio_ms bigint,
+            charged_ms bigint, took_ms bigint, cost_nano bigint, currency text
+        )
+        on conflict do nothing
     )
     select s.billed_ms, s.held_ms, t.status = 'active',
            (select min(b.limit_nano - coalesce(moved.spent_nano, w.settled_nano + w.held_nano, 0))
