@@ -1,6 +1,7 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
 `make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
 `make bench-overhead`: what the gateway adds to a request.
+`make bench-engine`: what the network costs an engine, and live streams when one of two is killed.
 `make bench-relay`: what a request to a provider costs, by the HTTP client.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
@@ -18,6 +19,8 @@ from rich.console import Console
 from tests.benchmarks import (
     batch,
     density,
+    engine,
+    failover,
     fairness,
     memory,
     overhead,
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "section",
         nargs="*",
-        choices=[*FILES, "stream", "density", "overhead", "relay", []],
+        choices=[*FILES, "engine", "failover", "stream", "density", "overhead", "relay", []],
         help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
@@ -72,6 +75,10 @@ def main() -> None:
                 stream.run(console, streams, given.seconds, settings, given.events)
         elif name == "overhead":
             overhead.run(console, given.rate, given.seconds, dict(pair.split("=", 1) for pair in given.set))
+        elif name == "engine":
+            engine.run(console)
+        elif name == "failover":
+            failover.run(console, (given.streams or [50])[0], given.seconds)
         elif name == "relay":
             relay_transport.run(console)
         elif name == "density":
