@@ -76,17 +76,22 @@ def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]
     return hosted
 
 
+class HostedDeepgram(DeepgramRelay):
+    """The same at Deepgram."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
 async def deepgram() -> Dispatcher:
-    server = AsyncExitStack()
-    provider = await server.enter_async_context(deepgram_server(SCRIPT))
-    return attended(DeepgramRelay(provider.account()), server)
-
-
-def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
-    """The relay, which closes the server that it speaks to with itself."""
-    server.push_async_callback(relay.aclose)
-    relay.aclose = server.aclose  # type: ignore[method-assign]
-    return relay
+    hosts = AsyncExitStack()
+    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
+    made = HostedDeepgram(server.account())
+    made.hosts = hosts
+    return made
 
 
 @contextmanager
@@ -147,6 +152,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "child": child,
     "openai": relay("openai", OPENAI),
     "groq": relay("groq", GROQ),
+    "deepgram": deepgram,
     "segmenting openai": streaming(relay("openai", OPENAI)),
     "deepgram": deepgram,
     "further": further,
