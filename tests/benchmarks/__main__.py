@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "section",
         nargs="*",
-        choices=[*FILES, "engine", "failover", "stream", "density", "overhead", "relay", []],
+        choices=[*SECTIONS, []],
         help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
@@ -62,31 +62,36 @@ def main() -> None:
     console.print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}\n")
     for name in given.section or FILES:
         console.rule(name, align="left")
-        if name == "stream":
-            settings = dict(pair.split("=", 1) for pair in given.set)
-            streams = given.streams or [1, 8, 24]
-            if given.compare:
-                stream.compare(console, streams, given.seconds)
-            elif given.fairness:
-                fairness.run(console, given.seconds, settings)
-            elif given.words:
-                words.run(console, settings, given.samples)
-            else:
-                stream.run(console, streams, given.seconds, settings, given.events)
-        elif name == "overhead":
-            overhead.run(console, given.rate, given.seconds, dict(pair.split("=", 1) for pair in given.set))
-        elif name == "engine":
-            engine.run(console)
-        elif name == "failover":
-            failover.run(console, (given.streams or [50])[0], given.seconds)
-        elif name == "relay":
-            relay_transport.run(console)
-        elif name == "density":
-            density.run(
-                console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
-            )
-        else:
-            FILES[name](console)
+        SECTIONS[name](console, given)
+
+
+def _streams(console: Console, given: argparse.Namespace) -> None:
+    streams = given.streams or [1, 8, 24]
+    if given.compare:
+        stream.compare(console, streams, given.seconds)
+    elif given.fairness:
+        fairness.run(console, given.seconds, _set(given))
+    elif given.words:
+        words.run(console, _set(given), given.samples)
+    else:
+        stream.run(console, streams, given.seconds, _set(given), given.events)
+
+
+def _set(given: argparse.Namespace) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in given.set)
+
+
+SECTIONS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
+    **{name: lambda console, _, run=run: run(console) for name, run in FILES.items()},
+    "stream": _streams,
+    "density": lambda console, given: density.run(
+        console, given.streams or [100, 300, 400], given.seconds, _set(given)
+    ),
+    "engine": lambda console, _: engine.run(console),
+    "failover": lambda console, given: failover.run(console, (given.streams or [50])[0], given.seconds),
+    "overhead": lambda console, given: overhead.run(console, given.rate, given.seconds, _set(given)),
+    "relay": lambda console, _: relay_transport.run(console),
+}
 
 
 if __name__ == "__main__":

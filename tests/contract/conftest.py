@@ -154,7 +154,6 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "groq": relay("groq", GROQ),
     "deepgram": deepgram,
     "segmenting openai": streaming(relay("openai", OPENAI)),
-    "deepgram": deepgram,
     "further": further,
     "pool": pool,
     "segmenting scripted": streaming(scripted),
