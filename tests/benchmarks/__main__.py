@@ -1,6 +1,7 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
 `make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
 `make bench-overhead`: what the gateway adds to a request.
+`make bench-relay`: what a request to a provider costs, by the HTTP client.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -14,7 +15,18 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, density, fairness, memory, overhead, sounds, stream, together, words
+from tests.benchmarks import (
+    batch,
+    density,
+    fairness,
+    memory,
+    overhead,
+    relay_transport,
+    sounds,
+    stream,
+    together,
+    words,
+)
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -27,7 +39,10 @@ FILES: dict[str, Callable[[Console], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument(
-        "section", nargs="*", choices=[*FILES, "stream", "density", "overhead", []], help=f"default: {' '.join(FILES)}"
+        "section",
+        nargs="*",
+        choices=[*FILES, "stream", "density", "overhead", "relay", []],
+        help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
     live.add_argument("--streams", type=int, nargs="+", help="at once, a run for each number")
@@ -57,6 +72,8 @@ def main() -> None:
                 stream.run(console, streams, given.seconds, settings, given.events)
         elif name == "overhead":
             overhead.run(console, given.rate, given.seconds, dict(pair.split("=", 1) for pair in given.set))
+        elif name == "relay":
+            relay_transport.run(console)
         elif name == "density":
             density.run(
                 console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
