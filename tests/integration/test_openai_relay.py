@@ -24,9 +24,9 @@ from dispatchers.errors import (
 from dispatchers.interface import Options, Segment, Word
 from dispatchers.providers import PROVIDERS, open_relay
 from tests.integration.test_engine_server import serving
+from tests.openai_relay import CLIP, MIB, MINUTES_2, SAID, SECONDS_5, relay_to, speaking
 from tests.providers.http import Answer, Fault
 from tests.providers.openai import GROQ, KEY, OPENAI, VLLM, OpenAIServer
-from tests.openai_relay import CLIP, MIB, MINUTES_2, SAID, SECONDS_5, relay_to, speaking
 
 # --- what is asked ------------------------------------------------------------------------------------------------
 

@@ -17,9 +17,9 @@ from dispatchers.errors import (
     BadAnswer,
 )
 from dispatchers.interface import Options, Segment
+from tests.openai_relay import SAID, SECONDS_5, tells_nothing
 from tests.providers.http import Answer, Fault
 from tests.providers.openai import OpenAIServer
-from tests.openai_relay import SAID, SECONDS_5, tells_nothing
 
 
 async def test_sentences_are_told_as_they_come(provider: OpenAIServer, relay: OpenAIRelay) -> None:

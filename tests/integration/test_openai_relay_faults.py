@@ -26,9 +26,9 @@ from dispatchers.errors import (
     Throttled,
 )
 from dispatchers.interface import Options, Samples, Transcript
+from tests.openai_relay import CLIP, IMPATIENT, SAID, SECONDS_5, relay_to, tells_nothing
 from tests.providers.http import FAULTS, Answer, Fault, closed, deaf
 from tests.providers.openai import KEY, OpenAIServer, openai_server
-from tests.openai_relay import CLIP, IMPATIENT, SAID, SECONDS_5, relay_to, tells_nothing
 
 WRONG: dict[str, Any] = {
     "text is a number": {"text": 5},

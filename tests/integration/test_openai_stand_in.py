@@ -9,8 +9,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.providers.openai import GROQ, KEY, SCRIPT, OpenAIServer, openai_server
 from tests.openai_relay import MIB, WAV
+from tests.providers.openai import GROQ, KEY, SCRIPT, OpenAIServer, openai_server
 
 
 @pytest.fixture
