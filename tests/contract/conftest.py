@@ -13,6 +13,7 @@ from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.assemblyai import AssemblyAIRelay
 from dispatchers.backends.deepgram import DeepgramRelay
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.openai import OpenAIRelay, Quirks
@@ -25,8 +26,10 @@ from dispatchers.local import engine_child
 from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
 from tests.engines import TOKEN, engine_process
-from tests.providers.deepgram import Said, deepgram_server
+from tests.providers.assemblyai import assemblyai_server
+from tests.providers.deepgram import deepgram_server
 from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
+from tests.providers.script import Said
 
 SCRIPT: tuple[Said, ...] = (
     *(("where", 0.45, 0.76), ("is", 0.76, 0.94), ("the", 0.94, 1.12), ("hospital", 1.12, 1.79)),
@@ -80,6 +83,12 @@ async def deepgram() -> Dispatcher:
     server = AsyncExitStack()
     provider = await server.enter_async_context(deepgram_server(SCRIPT))
     return attended(DeepgramRelay(provider.account()), server)
+
+
+async def assemblyai() -> Dispatcher:
+    server = AsyncExitStack()
+    provider = await server.enter_async_context(assemblyai_server(SCRIPT))
+    return attended(AssemblyAIRelay(provider.account()), server)
 
 
 def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
@@ -149,6 +158,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "groq": relay("groq", GROQ),
     "segmenting openai": streaming(relay("openai", OPENAI)),
     "deepgram": deepgram,
+    "assemblyai": assemblyai,
     "further": further,
     "pool": pool,
     "segmenting scripted": streaming(scripted),
@@ -158,6 +168,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "segmenting pool": streaming(pool),
     "per channel scripted": per_channel(streaming(scripted)),
     "per channel deepgram": per_channel(deepgram),
+    "per channel assemblyai": per_channel(assemblyai),
 }
 
 
