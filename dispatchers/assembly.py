@@ -1,4 +1,5 @@
-"""Puts a door together from settings: which backend stands behind `self_hosted`, and what makes it stream."""
+"""Puts a door together from settings: which backend stands behind `self_hosted`, what makes it stream, and where relays
+come from."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from uuid import UUID
 
-from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.child import EngineChild
@@ -16,7 +17,10 @@ from dispatchers.dispatch import Door
 from dispatchers.engine.wire import ModelCard
 from dispatchers.interface import Dispatcher
 from dispatchers.local import engine_child
+from dispatchers.plug import Plug
 from dispatchers.recorder import Recorder
+from dispatchers.registry import Known, Registry, Relays
+from policy import relays
 from policy.admission import Admission
 from policy.identity import Authenticator
 from policy.jwks import KeySets
@@ -47,7 +51,7 @@ class Opened:
 class _SelfHosted:
     """What stands behind `self_hosted`."""
 
-    backend: Dispatcher
+    backend: Dispatcher | None
     note: str
     catalogue: Callable[[], tuple[ModelCard, ...]] = tuple
     queue_wait_s: Callable[[], float] = lambda: 0.0
@@ -66,7 +70,7 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
     """The door of this process, its default model loaded, by `engine` if that has begun. `model_note` says what `auto`
     chose, and why."""
     settings = resources.settings
-    async with _self_hosted(engine or begin_engine(settings)) as local:
+    async with _self_hosted(settings, engine or begin_engine(settings)) as local:
         authenticator = Authenticator(
             resources.database,
             signing_key=resources.signing_key,
@@ -75,23 +79,20 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
             jwks=KeySets(allow_http=settings.jwks_allow_http),
         )
         vad = await asyncio.to_thread(SileroVad.load)
-        segmenting = Segmenting(
-            local.backend, vad, most_speaking=settings.max_speaking, away=lambda: not local.engine_up()
-        )
-        backends: dict[str, Dispatcher] = {"self_hosted": PerChannel(segmenting)}
         admission = Admission(resources.database, resources.coordination)
         recorder = Recorder(resources.database, resources.blobs, settings.data_dir / "recordings")
         try:
-            yield Opened(
-                Door(resources.database, admission, authenticator, backends, recorder, region=settings.region),
-                authenticator,
-                local.catalogue,
-                local.note,
-                local.queue_wait_s,
-                recorder,
-                local.engine_up,
-                local.tell_figures,
-            )
+            async with _plugged_in(resources, local, vad) as registry:
+                yield Opened(
+                    Door(resources.database, admission, authenticator, registry, recorder),
+                    authenticator,
+                    local.catalogue,
+                    local.note,
+                    local.queue_wait_s,
+                    recorder,
+                    local.engine_up,
+                    _telling(registry, local),
+                )
         finally:
             await recorder.aclose()
             vad.close()
@@ -99,8 +100,61 @@ async def open_door(resources: Resources, engine: EngineChild | None = None) -> 
 
 
 @asynccontextmanager
-async def _self_hosted(child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
-    """The models, in a child process, or what answers in their place."""
+async def _plugged_in(resources: Resources, local: _SelfHosted, vad: SileroVad) -> AsyncIterator[Registry]:
+    """The engine of this installation, if any, and the operator's relays, as long as this is open."""
+    settings, database = resources.settings, resources.database
+
+    async def load() -> Known:
+        async with database.across_tenants("relays and their credentials") as tx:
+            return await relays.load(tx, resources.sealer)
+
+    async def note_used(ids: list[UUID]) -> None:
+        async with database.across_tenants("when credentials of relays were used") as tx:
+            await relays.used(tx, ids)
+
+    def ready() -> bool:
+        """Where there is nothing else, it is worth waiting for."""
+        return local.engine_up() or registry.alone
+
+    own: list[Plug] = []
+    if local.backend is not None:
+        streams = Segmenting(
+            local.backend, vad, most_speaking=settings.max_speaking, away=lambda: not local.engine_up()
+        )
+        own = [Plug("self_hosted", streams, region=settings.region, ready=ready, back_in_s=local.queue_wait_s)]
+    how = Relays(
+        load,
+        note_used,
+        segmented=lambda recordings: Segmenting(recordings, vad),
+        refresh_s=settings.relay_refresh_s,
+        requests=settings.relay_requests,
+        streams=settings.relay_streams,
+    )
+    registry = Registry(own, how)
+    await registry.keep_up()
+    keeping = asyncio.create_task(registry.run())
+    try:
+        yield registry
+    finally:
+        keeping.cancel()
+        await asyncio.wait({keeping})
+        await registry.aclose()
+
+
+def _telling(registry: Registry, local: _SelfHosted) -> Callable[[], Awaitable[None]]:
+    async def tell_figures() -> None:
+        registry.tell()
+        await local.tell_figures()
+
+    return tell_figures
+
+
+@asynccontextmanager
+async def _self_hosted(settings: Settings, child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
+    """The models, in a child process, or what answers in their place, or nothing."""
+    if settings.backend == "none":
+        yield _SelfHosted(None, "no engine here: relays only")
+        return
     if child is None:
         yield _SelfHosted(Scripted(), "no model: a scripted answer, for smoke tests")
         return

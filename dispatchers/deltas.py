@@ -12,17 +12,21 @@ class Deltas:
     """What has been said so far of one transcript."""
 
     def __init__(self) -> None:
-        self._said = ""
+        self.said = ""
 
     def add(self, text: str) -> str:
         """The next segment's text, with the space that belongs before it."""
-        piece = f" {text}" if _spaced(self._said, text) else text
-        self._said += piece
+        piece = self.spaced(text)
+        self.said += piece
         return piece
+
+    def spaced(self, text: str) -> str:
+        """The same, without adding it."""
+        return f" {text}" if _spaced(self.said, text) else text
 
     def rest(self, whole: str) -> str:
         """What the whole text has beyond what was said; nothing where it began differently."""
-        return whole[len(self._said) :] if whole.startswith(self._said) else ""
+        return whole[len(self.said) :] if whole.startswith(self.said) else ""
 
 
 def _spaced(before: str, after: str) -> bool:

@@ -6,19 +6,16 @@ resolve (which backends, why) → admit (quota, price, hold) → recognise (with
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from uuid import UUID
 
-from dispatchers.errors import BackendUnavailable, DispatchError
 from dispatchers.interface import (
     SAMPLES_PER_MS,
-    Dispatcher,
     Heard,
     Options,
     Samples,
-    Segment,
     StreamInput,
     Transcript,
     VadOptions,
@@ -28,6 +25,8 @@ from dispatchers.interface import (
 from dispatchers.later import continued
 from dispatchers.meter import Meter
 from dispatchers.recorder import Recorder
+from dispatchers.registry import Registry
+from dispatchers.route import Route
 from dispatchers.streaming import Continuation, Live, Outlives, Summary, merged, stream_outcome
 from policy.admission import Admission, Lease, Outcome
 from policy.endpointing import settle
@@ -50,45 +49,27 @@ class Result:
 
 
 class Door:
-    """Assembled once a process, over the backends plugged in here, keyed by policy's names for them. Where there are
-    live streams, a `recorder` keeps the audio of those whose policy says so. `region` is where this installation is,
-    in the words of policies; `terms` what tenants may do and pay."""
+    """Assembled once a process, over what is plugged in. Where there are live streams, a `recorder` keeps the audio of
+    those whose policy says so. `terms`: what tenants may do and pay."""
 
     def __init__(
         self,
         database: Database,
         admission: Admission,
         authenticator: Authenticator,
-        backends: Mapping[str, Dispatcher],
+        registry: Registry,
         recorder: Recorder | None = None,
-        *,
-        region: str = "here",
     ):
         self.terms = TermsBook(database)
         self._database = database
         self._admission = admission
         self._authenticator = authenticator
-        self._backends = backends
+        self._registry = registry
         self._recorder = recorder
-        self._region = region
 
-    def offers(self) -> tuple[Offer, ...]:
-        """What is plugged in, as the resolver sees it."""
-        return tuple(
-            Offer(
-                backend=name,
-                models=dispatcher.capabilities.models,
-                words=dispatcher.capabilities.words,
-                translate=dispatcher.capabilities.translate,
-                streaming=dispatcher.capabilities.stream,
-                languages=dispatcher.capabilities.languages,
-                up=True,
-                region=self._region,
-                speakers=dispatcher.capabilities.speakers,
-                longest_ms=dispatcher.capabilities.longest_ms,
-            )
-            for name, dispatcher in self._backends.items()
-        )
+    def offers(self, tenant_id: UUID | None = None) -> tuple[Offer, ...]:
+        """What is plugged in for this tenant, or for any, as the resolver sees it."""
+        return self._registry.offers(tenant_id)
 
     async def policy(self, caller: Caller) -> Policy:
         """The tenant's policy in force now."""
@@ -96,7 +77,7 @@ class Door:
 
     async def explain(self, caller: Caller, demand: Demand) -> tuple[Policy, Decision]:
         """Which backends the demand would go to, and why; raises as the real thing would."""
-        terms, decision = await self.terms.decide(caller.tenant_id, demand, self.offers())
+        terms, decision = await self.terms.decide(caller.tenant_id, demand, self.offers(caller.tenant_id))
         return terms.policy, decision
 
     async def transcribe(
@@ -112,29 +93,11 @@ class Door:
             return Result(lease.session_id, transcript, candidate, receipt.billed_ms)
 
     async def recognise(
-        self, lease: Lease, options: Options, samples: Samples, heard: Heard = ignore
+        self, lease: Lease, options: Options, samples: Samples, heard: Heard = ignore, *, from_ms: int = 0
     ) -> tuple[Transcript, Candidate]:
-        """The first candidate that can; the next one only after a retryable failure that nobody has seen a word of."""
-        spoken = False
-
-        def note(segment: Segment) -> None:
-            nonlocal spoken
-            spoken = True
-            heard(segment)
-
-        failure: DispatchError = BackendUnavailable()
-        for candidate in await self._still_allowed(lease):
-            try:
-                transcript = await self._backends[candidate.backend].transcribe(
-                    samples, self._pinned(options, candidate, lease.tenant_id), note
-                )
-            except DispatchError as error:
-                failure = error
-                if spoken or not error.retryable or not lease.policy.body.fallback:
-                    break
-            else:
-                return transcript, candidate
-        raise failure
+        """By the first candidate that can (`Route.transcribe`). The samples begin at `from_ms` of the session."""
+        route = Route(self._registry, lease, await self._still_allowed(lease), from_ms=from_ms)
+        return await route.transcribe(options, samples, heard)
 
     async def accept(
         self, caller: Caller, demand: Demand, write: Callable[[Transaction, Lease], Awaitable[None]]
@@ -212,26 +175,25 @@ class Door:
         hang_up: Callable[[], None],
         outlives: Outlives,
     ) -> AsyncIterator[Live]:
-        candidate, summary, keep_text = lease.decision.candidates[0], where.summary, lease.policy.body.keep_transcripts
-        dispatcher = self._plugged(candidate.backend)
+        summary, keep_text = where.summary, lease.policy.body.keep_transcripts
+        route = Route(self._registry, lease, lease.decision.candidates, from_ms=where.from_ms)
+        candidate, origin = route.first()
         meter = Meter(
             lease,
-            candidate,
-            recheck=lambda: self._recheck(caller, demand, lease, candidate),
+            route.served,
+            recheck=lambda: self._recheck(caller, demand, lease, route),
             hang_up=hang_up,
             progress=lambda: summary.progress(keep_text=keep_text),
             from_ms=where.from_ms,
         )
-        pinned = self._pinned(options, candidate, lease.tenant_id)
         ending: BaseException | None = None
         try:
             async with (
                 self._taped(lease, meter.audio(audio), where.from_ms) as metered,
-                dispatcher.stream(metered, pinned) as heard,
+                route.stream(metered, options) as heard,
                 merged(continued(heard, where.from_ms, where.announced), meter, summary) as events,
             ):
-                origin = dispatcher.origin(candidate.model)
-                yield Live(candidate, origin, pinned, events, summary, lease)
+                yield Live(candidate, origin, replace(options, model=candidate.model), events, summary, lease)
         except BaseException as error:
             ending = error
             raise
@@ -255,12 +217,13 @@ class Door:
         with self._recorder.taping(lease.tenant_id, lease.session_id, lease.policy.body, start=start) as taped:
             yield taped(audio)
 
-    async def _recheck(self, caller: Caller, demand: Demand, lease: Lease, candidate: Candidate) -> None:
-        """Raises what forbids a live stream to go on: its caller's standing, or a policy that came later."""
+    async def _recheck(self, caller: Caller, demand: Demand, lease: Lease, route: Route) -> None:
+        """Raises what forbids a live stream to go on: its caller's standing, or a policy that came later and leaves
+        nobody it could go on with."""
         await self._authenticator.recheck(caller)
-        policy = (await self.terms.of(caller.tenant_id)).policy
-        if policy.version != lease.policy.version:
-            permit(policy.body, demand, self._offer(candidate.backend), candidate.model)
+        terms = await self.terms.of(caller.tenant_id)
+        if terms.policy.version != lease.policy.version:
+            route.allow(self._permitted(terms.policy, demand, lease))
 
     async def _still_allowed(self, lease: Lease) -> tuple[Candidate, ...]:
         """The lease's candidates, without those that a later policy forbids: a job may wait long. Raises `NotAllowed`
@@ -268,10 +231,16 @@ class Door:
         policy = (await self.terms.of(lease.tenant_id)).policy
         if policy.version == lease.policy.version:
             return lease.decision.candidates
+        return self._permitted(policy, Demand("job"), lease)
+
+    def _permitted(self, policy: Policy, demand: Demand, lease: Lease) -> tuple[Candidate, ...]:
         allowed, refusal = [], NotAllowed()
         for candidate in lease.decision.candidates:
+            plug = self._registry.plug(lease.tenant_id, candidate.backend)
+            if plug is None:
+                continue
             try:
-                permit(policy.body, Demand("job"), self._offer(candidate.backend), candidate.model)
+                permit(policy.body, demand, plug.offer(), candidate.model)
             except NotAllowed as error:
                 refusal = error
             else:
@@ -279,22 +248,6 @@ class Door:
         if not allowed:
             raise refusal
         return tuple(allowed)
-
-    def _offer(self, backend: str) -> Offer:
-        """Raises `BackendUnavailable` where it is plugged in no more."""
-        for offer in self.offers():
-            if offer.backend == backend:
-                return offer
-        raise BackendUnavailable
-
-    def _plugged(self, backend: str) -> Dispatcher:
-        """Raises `BackendUnavailable` where another process had what this one has not."""
-        if backend not in self._backends:
-            raise BackendUnavailable
-        return self._backends[backend]
-
-    def _pinned(self, options: Options, candidate: Candidate, tenant_id: UUID) -> Options:
-        return replace(options, model=candidate.model, share=tenant_id.hex)
 
 
 def _bounded(options: Options, demand: Demand, policy: PolicyBody) -> Options:

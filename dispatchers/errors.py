@@ -6,8 +6,8 @@ DispatchError
 ├── OptionError           what was asked of the recogniser
 │   ├── UnknownModel · UnsupportedOption
 └── BackendError          the recogniser; another backend may do better
-    ├── BackendUnavailable (EngineLost) · BackendTimeout · BackendFailed (BadAnswer) · Overloaded · Superseded
-    ├── Throttled · CredentialRefused
+    ├── BackendUnavailable (EngineLost · Withdrawn) · BackendTimeout · BackendFailed (BadAnswer)
+    ├── Overloaded · Superseded · Throttled · CredentialRefused
     └── BackendRefused        the request itself; no other backend is asked
 """
 
@@ -95,6 +95,10 @@ class BackendUnavailable(BackendError):
 
 class EngineLost(BackendUnavailable):
     """The engine ended while it was at this. It is being started again; try again shortly."""
+
+
+class Withdrawn(BackendUnavailable):
+    """The tenant's policy does not allow this backend any more."""
 
 
 class BackendTimeout(BackendError):

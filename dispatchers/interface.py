@@ -73,7 +73,8 @@ class Options:
     `partial_interval_ms` of new speech. `max_delay_ms` is how long after it was spoken a word may wait for its delta,
     on the stream's clock; None: until hypotheses agree. `max_speaking` is how many streams of this `share` may be
     transcribed as they speak at once; None: any number. `channels` above 1: each is heard for itself, and what concerns
-    one of them says which, counted from 0.
+    one of them says which, counted from 0. `give_up`: a final that fails ends the stream with its failure, as somebody
+    stands by to take up the audio.
     """
 
     model: str = ""
@@ -91,6 +92,7 @@ class Options:
     max_speaking: int | None = None
     vad: VadOptions = field(default_factory=VadOptions)
     channels: int = 1
+    give_up: bool = False
     share: str = ""
     stream: str = ""
     urgency: Urgency = "batch"

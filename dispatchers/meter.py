@@ -8,7 +8,7 @@ audio ends there: what was held is still transcribed, then the reason is raised.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -33,13 +33,14 @@ class Meter:
 
     `recheck` is awaited at every block and raises when the caller may no longer go on (token expired or revoked,
     tenant suspended). `hang_up` is then called, and must end the source: its next audio may be long in coming.
-    `progress` is what the stream came to so far, noted with every block. `from_ms`: what came before is not heard here.
+    `progress` is what the stream came to so far, noted with every block. `served` tells who served a span of it, one
+    after the other, each up to where: that is whose price it has. `from_ms`: what came before is not heard here.
     """
 
     def __init__(
         self,
         lease: Lease,
-        candidate: Candidate,
+        served: Callable[[int, int], Sequence[tuple[int, Candidate]]],
         *,
         recheck: Callable[[], Awaitable[None]],
         hang_up: Callable[[], None],
@@ -51,7 +52,7 @@ class Meter:
         self.ended_by: PolicyError | None = None
         self._left: str | None = None
         self._lease = lease
-        self._candidate = candidate
+        self._served = served
         self._recheck = recheck
         self._hang_up = hang_up
         self._progress = progress
@@ -113,17 +114,24 @@ class Meter:
         deadline = asyncio.get_running_loop().time() + COVER_TIMEOUT_S
         while True:
             try:
-                return await self._lease.settle(self.accepted_ms, self._candidate, outcome=outcome, extra=self._note)
+                return await self._settle(self.accepted_ms, outcome)
             except LedgerUnavailable:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
                 await asyncio.sleep(RETRY_S)
 
+    async def _settle(self, to_ms: int, outcome: Outcome | None = None) -> Receipt:
+        """Bills up to here, each span to who served it; only the last one ends the session."""
+        *before, (_, last) = self._served(self._lease.settled_ms, to_ms)
+        for until_ms, candidate in before:
+            await self._lease.settle(until_ms, candidate)
+        return await self._lease.settle(to_ms, last, outcome=outcome, extra=self._note)
+
     async def _advance(self, tell: Callable[[Used], Awaitable[None]]) -> None:
         lease = self._lease
         if self.accepted_ms - lease.settled_ms >= BLOCK_MS:
             await self._recheck()
-            receipt = await lease.settle(self.accepted_ms, self._candidate, extra=self._note)
+            receipt = await self._settle(self.accepted_ms)
             self.billed_ms = receipt.billed_ms
             if not receipt.tenant_active:
                 raise TenantSuspended

@@ -8,7 +8,7 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from gateway import docs_page, health
-from gateway.api import admin, admin_policies, audio, config, explain, jobs, sessions, tickets, usage
+from gateway.api import admin, admin_policies, admin_relays, audio, config, explain, jobs, sessions, tickets, usage
 from gateway.middleware import Answered, Identified, nowhere, unhandled
 from gateway.protocols import native_ws, openai_rest
 from gateway.state import Gateway
@@ -25,6 +25,7 @@ ROUTES: tuple[BaseRoute, ...] = (
     *explain.routes,
     *admin.routes,
     *admin_policies.routes,
+    *admin_relays.routes,
     *health.routes,
     *docs_page.routes,
 )

@@ -103,7 +103,7 @@ async def _serve(
         host, port = listener.getsockname()[:2]
         gc.collect()
         gc.freeze()  # what is here stays; looking through all of it again and again would hold up every stream
-        announcement = Announcement(f"http://{host}:{port}", gateway.door.offers()[0].models[0], note, token)
+        announcement = Announcement(f"http://{host}:{port}", _default_model(gateway), note, token)
         with _announced(settings, announcement):
             await _Server(
                 uvicorn_config(gateway),
@@ -161,6 +161,11 @@ def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
+
+
+def _default_model(gateway: Gateway) -> str:
+    """Empty where nothing is plugged in yet."""
+    return next((offer.models[0] for offer in gateway.door.offers() if offer.models), "")
 
 
 async def _demo_token(resources: Resources) -> str:

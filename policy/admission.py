@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -95,7 +96,11 @@ class Admission:
                 policy = await policies.at_version(tx, tenant_id, session.policy_version)
                 candidates = session.decision.candidates
                 prices = await _prices(tx, tenant_id, candidates, session.currency, at=session.started_at)
-        yield Lease(self._database, session, policy, prices)
+        lease = Lease(self._database, session, policy, prices)
+        try:
+            yield lease
+        finally:
+            await self._write_legs(lease)
 
     async def _open(
         self, session_id: UUID, caller: Caller, demand: Demand, policy: Policy, decision: Decision
@@ -147,8 +152,17 @@ class Admission:
     async def _leave(self, lease: Lease, outcome: Outcome) -> None:
         """Ends the session unless it has ended or is detached. A cancellation meanwhile does not stop that."""
         if lease.closed or lease.detached:
-            return
-        task = asyncio.create_task(_end(lease, outcome))
+            await self._write_legs(lease)
+        else:
+            await self._finish(_end(lease, outcome))
+
+    async def _write_legs(self, lease: Lease) -> None:
+        """Those that no settle took along."""
+        if lease.unwritten:
+            await self._finish(_flush(lease))
+
+    async def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._closing.add(task)  # the loop itself keeps no task alive
         task.add_done_callback(self._closing.discard)
         await asyncio.shield(task)
@@ -176,6 +190,14 @@ async def _end(lease: Lease, outcome: Outcome) -> None:
             await lease.end(outcome)
     except (PolicyError, SQLAlchemyError, TimeoutError) as error:
         log.warning("admission.not_closed", session_id=str(lease.session_id), error=type(error).__name__)
+
+
+async def _flush(lease: Lease) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await lease.flush()
+    except (PolicyError, SQLAlchemyError, TimeoutError) as error:
+        log.warning("admission.legs_lost", session_id=str(lease.session_id), error=type(error).__name__)
 
 
 def _ending(error: BaseException, kind: Kind) -> Outcome:

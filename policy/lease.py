@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from uuid import UUID
 
-from policy import budget, metering, sessions, tenants
+from policy import budget, legs, metering, sessions, tenants
 from policy.errors import Conflict, NoPrice, TakenOver
+from policy.legs import Leg
 from policy.metering import Segment
 from policy.outage import ledger_reachable
 from policy.policies import Policy
@@ -62,6 +63,24 @@ class Lease:
         self._hold_price = most_expensive(prices.values()).price_nano_per_hour * session.channels
         self._attempted_ms = session.accepted_ms
         self.turn = session.turn
+        self._legs: list[Leg] = []  # not written yet
+
+    def note_leg(self, leg: Leg) -> None:
+        """An attempt that is over. It is written down with the next settle, with the session's end, or by `flush`."""
+        self._legs.append(leg)
+
+    @property
+    def unwritten(self) -> bool:
+        return bool(self._legs)
+
+    async def flush(self) -> None:
+        """Writes down what attempts there were, whatever has become of the session. Raises `LedgerUnavailable`."""
+        if not self._legs:
+            return
+        with ledger_reachable():
+            async with self._database.tenant(self.tenant_id) as tx:
+                written = await self._put_legs(tx)
+        self._forget(written)
 
     async def extend(self, to_ms: int) -> None:
         """Holds money for `[0, to_ms)`. Raises `BudgetExhausted` and leaves what is held, `Conflict` when the session
@@ -88,6 +107,7 @@ class Lease:
         with ledger_reachable(), SETTLE_SECONDS.time():
             async with self._database.tenant(self.tenant_id) as tx:
                 session = await self._check(tx)
+                written = await self._put_legs(tx)
                 if not _is_done(session, to_ms, outcome, known):
                     if session.status != "open" or session.accepted_ms not in known:
                         raise Conflict("The session has ended, or somebody else goes on with it.")
@@ -97,6 +117,7 @@ class Lease:
                     if outcome is not None:
                         await self._close(tx, outcome)
                 receipt = await self._receipt(tx, candidate)
+        self._forget(written)
         if receipt.accepted_ms > self.settled_ms:
             LEDGER_ROWS.labels(candidate.backend).inc()
             LEDGER_AUDIO_MS.labels(candidate.backend).inc(receipt.accepted_ms - self.settled_ms)
@@ -115,7 +136,9 @@ class Lease:
         """Ends the session as it stands: nothing more is billed, what is held is given back. Again: no effect."""
         with ledger_reachable():
             async with self._database.tenant(self.tenant_id) as tx:
+                written = await self._put_legs(tx)
                 await self._close(tx, outcome)
+        self._forget(written)
         self.closed = True
 
     async def check(self) -> None:
@@ -142,6 +165,16 @@ class Lease:
         if session.turn != self.turn:
             raise TakenOver
         return session
+
+    async def _put_legs(self, tx: Transaction) -> tuple[Leg, ...]:
+        """Those written; to be forgotten when the transaction is known to have ended well."""
+        unwritten = tuple(self._legs)
+        priced = [(leg, self._prices[leg.backend, leg.model]) for leg in unwritten]
+        await legs.record(tx, self.tenant_id, self.session_id, priced)
+        return unwritten
+
+    def _forget(self, written: tuple[Leg, ...]) -> None:
+        self._legs = [leg for leg in self._legs if leg not in written]
 
     async def _bill(self, tx: Transaction, session: Session, to_ms: int, candidate: Candidate) -> None:
         if to_ms <= session.accepted_ms:

@@ -107,9 +107,16 @@ class Settings(BaseSettings):
         min_length=1,
         description="Bearer token that callers of the engine role must send. Unset: it only listens on loopback.",
     )
-    backend: Literal["local", "scripted"] = Field(
-        "local", description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests."
+    backend: Literal["local", "scripted", "none"] = Field(
+        "local",
+        description="What `self_hosted` means here; `scripted` answers without a model, for smoke tests; `none`: there"
+        " is no engine, only relays.",
     )
+    relay_refresh_s: float = Field(
+        3.0, gt=0, le=300, description="Relays and their credentials are read anew so often; what is down is tried."
+    )
+    relay_requests: int = Field(64, ge=1, le=10_000, description="Recordings at a relay at once, by credential.")
+    relay_streams: int = Field(100, ge=1, le=10_000, description="Live streams at a relay at once, by credential.")
 
     max_upload_bytes: int = Field(
         2048 * MIB, ge=KIB, le=TIB, description="Largest upload accepted.", json_schema_extra=LIVE

@@ -59,6 +59,7 @@ LONGEST_VALUE = 16_384
 TALKATIVE = (
     "httpx",
     "httpcore",
+    "websockets",
     "mcp",
     "asyncio",
     "faster_whisper",
@@ -261,6 +262,19 @@ RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models wor
 
 ENGINE_UP = _gauge("engine_up", "Whether the engine's process is ready for work.")
 ENGINE_RESTARTS = _counter("engine_restarts", "Starts of the engine's process after it had ended by itself.")
+
+BACKEND_UP = _gauge("backend_up", "Whether the backend can be asked, with one credential at least.", "backend")
+BACKEND_CREDENTIALS = _gauge(
+    "backend_credentials", "Credentials of a relay, by their breaker's state.", "backend", "state"
+)
+BREAKER_TRANSITIONS = _counter("breaker_transitions", "Changes of breakers, by the state entered.", "backend", "state")
+BACKEND_COOL_DOWNS = _counter("backend_cool_downs", "Pauses that a provider asked for.", "backend")
+BACKEND_RUNNING = _gauge("backend_running", "Requests and streams now at a relay.", "backend", "kind")
+BACKEND_PROBES = _counter("backend_probes", "Active probes of relays that were down, by outcome.", "backend", "outcome")
+LEGS = _counter("legs", "Attempts at sessions, by outcome.", "backend", "outcome")
+LEG_SECONDS = _histogram("leg_seconds", "How long an attempt took; streams apart.", LONG, "backend")
+FAILOVERS = _counter("failovers", "Sessions that went on elsewhere, by the backend left.", "backend", "kind")
+FAILOVERS_REFUSED = _counter("failovers_refused", "Requests not tried elsewhere, as too many were.", "backend")
 
 JOBS = _gauge("jobs", "Jobs by state.", "state")
 

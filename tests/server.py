@@ -19,6 +19,7 @@ from openai import AsyncOpenAI
 from dispatchers.assembly import open_door
 from dispatchers.dispatch import Door
 from dispatchers.interface import Dispatcher
+from dispatchers.registry import Registry
 from gateway.live_settings import POLL_S, live_settings
 from gateway.serve import uvicorn_config
 from gateway.state import Gateway
@@ -128,7 +129,11 @@ async def serving(
         if recogniser is not None:
             admission = Admission(resources.database, resources.coordination)
             door = Door(
-                resources.database, admission, opened.authenticator, {"self_hosted": recogniser}, opened.recorder
+                resources.database,
+                admission,
+                opened.authenticator,
+                Registry.only(recogniser),
+                opened.recorder,
             )
         jobs = await stack.enter_async_context(open_jobs(resources, door))
         live = await stack.enter_async_context(live_settings(resources, poll_s=poll_s))

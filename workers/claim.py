@@ -92,8 +92,8 @@ class Claim:
         """Stores the recording's true length."""
         await self._write(_MEASURE, {"audio_ms": audio_ms})
 
-    async def heard(self) -> tuple[list[Heard], Candidate | None]:
-        """The chunks that are done, in order, and the candidate that did them."""
+    async def heard(self) -> tuple[list[Heard], list[Candidate]]:
+        """The chunks that are done, in order, and the candidates that did them."""
         async with self._database.tenant(self.tenant_id) as tx:
             rows = (await tx.execute(_CHUNKS, self._mine())).all()
         pieces = [
@@ -105,7 +105,7 @@ class Claim:
             )
             for row in rows
         ]
-        return pieces, Candidate(**json.loads(rows[0].candidate)) if rows else None
+        return pieces, [Candidate(**json.loads(row.candidate)) for row in rows]
 
     async def add(self, piece: Heard, candidate: Candidate) -> None:
         """Stores a chunk that is done; the job has got on."""

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -107,18 +109,19 @@ async def _transcribe(shop: Workshop, claim: Claim, lease: Lease) -> None:
     audio_ms = to_ms(len(samples))
     await claim.measure(audio_ms)
     await lease.extend(audio_ms)
-    pieces, candidate = await claim.heard()
-    if candidate is not None:
-        _pin(lease, candidate)
+    pieces, served = await claim.heard()
     covered_ms = pieces[-1].chunk.end_ms if pieces else 0
     rest = plan(samples, shop.settings.chunk_ms, number=len(pieces), start_ms=covered_ms)
     for chunk in await asyncio.to_thread(list, rest):
+        if served:
+            _prefer(lease, served[-1])
         piece, candidate = await _recognise(shop.door, claim, lease, samples, chunk)
+        await lease.flush()
         await claim.add(piece, candidate)
-        _pin(lease, candidate)
         pieces.append(piece)
-    transcript = joined(pieces, claim.options)
-    await _settle(claim, lease, transcript)
+        served.append(candidate)
+    ends = [piece.chunk.end_ms for piece in pieces]
+    await _settle(claim, lease, joined(pieces, claim.options), list(zip(ends, served, strict=True)))
 
 
 async def _samples(shop: Workshop, claim: Claim, limit_ms: int) -> Samples:
@@ -134,18 +137,22 @@ async def _recognise(door: Door, claim: Claim, lease: Lease, samples: Samples, c
         claim.reached_ms = min(chunk.start_ms + segment.end_ms, chunk.end_ms)
 
     options = replace(claim.options, urgency="batch")
-    transcript, candidate = await door.recognise(lease, options, chunk.of(samples), note)
+    transcript, candidate = await door.recognise(lease, options, chunk.of(samples), note, from_ms=chunk.start_ms)
     segments = tuple(shifted(segment, chunk.start_ms) for segment in transcript.segments)
     return Heard(chunk, transcript.language, segments, transcript.origin), candidate
 
 
-def _pin(lease: Lease, candidate: Candidate) -> None:
-    """A job has one price: what began it also ends it."""
-    lease.decision = replace(lease.decision, candidates=(candidate,))
+def _prefer(lease: Lease, candidate: Candidate) -> None:
+    """Whoever did the last chunk is asked first for the next one: a job is best heard by one."""
+    others = (other for other in lease.decision.candidates if other != candidate)
+    lease.decision = replace(lease.decision, candidates=(candidate, *others))
 
 
-async def _settle(claim: Claim, lease: Lease, transcript: Transcript) -> None:
-    (candidate,) = lease.decision.candidates
+async def _settle(claim: Claim, lease: Lease, transcript: Transcript, served: list[tuple[int, Candidate]]) -> None:
+    """Bills each stretch to who did it; with the last one the job is done."""
+    *before, (_, candidate) = [(list(stretch)[-1][0], who) for who, stretch in groupby(served, key=itemgetter(1))]
+    for until_ms, who in before:
+        await lease.settle(until_ms, who)
     await lease.settle(
         transcript.duration_ms,
         candidate,

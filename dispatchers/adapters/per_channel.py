@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from typing import TypeAlias
 
 from dispatchers.adapters.outbox import Outbox
 from dispatchers.interface import (
@@ -38,6 +39,9 @@ from dispatchers.interface import (
     ignore,
 )
 
+Stream: TypeAlias = Callable[[AsyncIterator[StreamInput], Options], AbstractAsyncContextManager[AsyncIterator[Event]]]
+"""`Dispatcher.stream`."""
+
 
 class PerChannel:
     """The dispatcher within, which may now also be asked for streams of several `Options.channels`. One stream within
@@ -59,14 +63,21 @@ class PerChannel:
     def stream(
         self, audio: AsyncIterator[StreamInput], options: Options
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        if options.channels == 1:
-            return self._within.stream(audio, options)
-        out = Outbox()
-        channels = _Channels(self._within, options, out)
-        return out.filled_by(lambda: channels.run(audio))
+        return per_channel(self._within.stream, audio, options)
 
     async def aclose(self) -> None:
         await self._within.aclose()
+
+
+def per_channel(
+    stream: Stream, audio: AsyncIterator[StreamInput], options: Options
+) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    """The events of as many streams as there are channels."""
+    if options.channels == 1:
+        return stream(audio, options)
+    out = Outbox()
+    channels = _Channels(stream, options, out)
+    return out.filled_by(lambda: channels.run(audio))
 
 
 class _Feed:
@@ -94,8 +105,8 @@ class _Feed:
 class _Channels:
     """The state of one stream of several channels."""
 
-    def __init__(self, within: Dispatcher, options: Options, out: Outbox):
-        self._within = within
+    def __init__(self, stream: Stream, options: Options, out: Outbox):
+        self._stream = stream
         self._options = replace(options, channels=1)
         self._out = out
         self._feeds = [_Feed() for _ in range(options.channels)]
@@ -120,7 +131,7 @@ class _Channels:
 
     async def _hear(self, channel: int) -> None:
         feed = self._feeds[channel]
-        async with self._within.stream(feed, self._options) as events:
+        async with self._stream(feed, self._options) as events:
             async for event in events:
                 if (told := self._told(channel, event)) is not None:
                     await self._out.put(told)

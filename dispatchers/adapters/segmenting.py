@@ -75,7 +75,8 @@ class Segmenting:
     all, None: any number; `Options.max_speaking` of one share), those who began last get their finals only, and a
     `Notice`, until a place is free.
 
-    A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on. Where the
+    A final that fails (`BackendError`) is told as a `StreamError` and a `Gap`, and the stream goes on, unless it is to
+    `give_up`. Where the
     recogniser is `away`, an utterance under way is told so, once and without a gap: its final will be late.
     """
 
@@ -332,10 +333,14 @@ class _Stream:
     async def _finish(self, utterance: _Heard, ended: Ended) -> None:
         options, span = self._options, _span(ended)
         if self._away():
+            if options.give_up:
+                raise BackendUnavailable
             await self._warn(utterance, BackendUnavailable(AWAY))
         try:
             transcript = await self._last_word(utterance, ended)
         except (BackendError, AudioError) as failure:
+            if options.give_up and failure.elsewhere:
+                raise
             lost = StreamError(failure.code, failure.message, failure.retryable), Gap(*span, failure.code)
             await self._telling.end(utterance, lambda: lost)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,24 @@ from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.deepgram import DeepgramRelay
 from dispatchers.backends.local import LocalBackend
+from dispatchers.backends.openai import OpenAIRelay, Quirks
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.models import MICRO
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
+from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
+from tests.providers.deepgram import Said, deepgram_server
+from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
+
+SCRIPT: tuple[Said, ...] = (
+    *(("where", 0.45, 0.76), ("is", 0.76, 0.94), ("the", 0.94, 1.12), ("hospital", 1.12, 1.79)),
+    *(("please", 3.1, 3.52), ("update", 3.52, 4.08), ("my", 4.08, 4.28), ("project", 4.28, 4.92)),
+    *(("before", 4.92, 5.34), ("sunday", 5.34, 5.95), ("thank", 6.5, 6.88)),
+)
+"""What is said in `speech`, for recognisers that are not here."""
 
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
@@ -33,6 +46,42 @@ async def child() -> Dispatcher:
     started = engine_child(Settings(model="micro", engine_workers=1))
     await started.start()
     return started
+
+
+class HostedRelay(OpenAIRelay):
+    """A relay whose provider ends with it."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
+def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]]:
+    async def hosted() -> Dispatcher:
+        hosts = AsyncExitStack()
+        server = await hosts.enter_async_context(openai_server(flavour))
+        quirks = PROVIDERS[provider].quirks
+        assert isinstance(quirks, Quirks)
+        made = HostedRelay(server.account(), quirks)
+        made.hosts = hosts
+        return made
+
+    return hosted
+
+
+async def deepgram() -> Dispatcher:
+    server = AsyncExitStack()
+    provider = await server.enter_async_context(deepgram_server(SCRIPT))
+    return attended(DeepgramRelay(provider.account()), server)
+
+
+def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
+    """The relay, which closes the server that it speaks to with itself."""
+    server.push_async_callback(relay.aclose)
+    relay.aclose = server.aclose  # type: ignore[method-assign]
+    return relay
 
 
 def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
@@ -53,10 +102,15 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "scripted": scripted,
     "local": local,
     "child": child,
+    "openai": relay("openai", OPENAI),
+    "groq": relay("groq", GROQ),
+    "segmenting openai": streaming(relay("openai", OPENAI)),
+    "deepgram": deepgram,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
     "per channel scripted": per_channel(streaming(scripted)),
+    "per channel deepgram": per_channel(deepgram),
 }
 
 

@@ -18,6 +18,7 @@ from sqlalchemy import text
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.interface import Heard, Options, Samples, Transcript, ignore
+from dispatchers.registry import Registry
 from policy.admission import Admission
 from policy.identity import Authenticator, Caller
 from policy.jwks import KeySets
@@ -78,7 +79,7 @@ def shop(database: Database, settings: Settings, recogniser: Holding, tmp_path: 
     authenticator = Authenticator(
         database, signing_key=bytes(32), issuer="stenogate", audience="stenogate", jwks=KeySets()
     )
-    door = Door(database, Admission(database, InProcess()), authenticator, {"self_hosted": recogniser})
+    door = Door(database, Admission(database, InProcess()), authenticator, Registry.only(recogniser))
     return Workshop(database, Blobs.open(None, tmp_path / "blobs"), door, settings)
 
 

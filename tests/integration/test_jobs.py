@@ -19,6 +19,7 @@ from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.errors import BackendFailed, NotAudio
 from dispatchers.interface import Heard, Options, Origin, Samples, Transcript, ignore
+from dispatchers.registry import Registry
 from policy import policies
 from policy.admission import Admission
 from policy.errors import BudgetExhausted, Invalid, ModelNotFound
@@ -100,7 +101,7 @@ def build(settings: Settings, database: Database, caller: Caller, tmp_path: Path
         authenticator = Authenticator(
             database, signing_key=bytes(32), issuer="stenogate", audience="stenogate", jwks=KeySets()
         )
-        door = Door(database, Admission(database, InProcess()), authenticator, {"self_hosted": recogniser})
+        door = Door(database, Admission(database, InProcess()), authenticator, Registry.only(recogniser))
         blobs = Blobs.open(None, tmp_path / "blobs")
         bell = InProcessDoorbell()
         shop = Workshop(database, blobs, door, settings.model_copy(update={"chunk_ms": CHUNK_MS}))

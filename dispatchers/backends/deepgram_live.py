@@ -1,0 +1,280 @@
+"""A live stream at Deepgram: one WebSocket, which takes audio and tells what it hears of it.
+
+The socket is opened when the first audio comes, for one that never gets any is closed; while none comes, it is told
+that we are still there. What goes wrong with it ends the stream: nothing says what Deepgram has heard of an utterance
+that it did not finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from urllib.parse import urlencode
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+
+from dispatchers.adapters.outbox import Outbox
+from dispatchers.backends.deepgram_utterances import Utterances
+from dispatchers.backends.deepgram_wire import (
+    LISTEN,
+    Error,
+    Message,
+    Metadata,
+    Query,
+    Results,
+    SpeechBegan,
+    UtteranceEnd,
+    load_message,
+)
+from dispatchers.backends.relay import CONNECT_S, Account, refusal
+from dispatchers.errors import BackendError, BackendFailed, BackendTimeout, BackendUnavailable, BadAnswer
+from dispatchers.interface import (
+    SAMPLE_RATE,
+    Clear,
+    Cleared,
+    Event,
+    Flush,
+    Flushed,
+    Options,
+    Pcm,
+    Samples,
+    StreamInput,
+    to_ms,
+)
+
+KEEP_ALIVE_S = 4.0
+"""Deepgram leaves after 10 s without a word."""
+SILENT_S = 15.0
+"""For how long nothing may be answered to audio, and nothing taken of it."""
+FINALIZE_S = 2.0
+"""How long a `Finalize` may take. Deepgram does not promise to answer one."""
+DRAIN_S = 120.0
+CLOSE_S = 1.0
+PING_S, PONG_S = 10.0, 20.0
+
+MESSAGE_BYTES = 256 * 1024
+_FRAMES_WAITING = 16
+_BITE = SAMPLE_RATE // 4
+"""Samples in one frame, however much comes at once."""
+
+_UNREADABLE = {1002, 1003, 1007, 1009}  # what we say when we close: RFC 6455, section 7.4.1
+_AWAY = {1001, 1012, 1013}
+_KEEP_ALIVE, _FINALIZE, _CLOSE = (json.dumps({"type": kind}) for kind in ("KeepAlive", "Finalize", "CloseStream"))
+
+
+class LiveStream:
+    """One stream. Puts its events into `out`."""
+
+    def __init__(self, account: Account, query: Query, options: Options, out: Outbox, tls: ssl.SSLContext | None):
+        self._account = account
+        self._address = f"{account.base_url.rstrip('/').replace('http', 'ws', 1)}{LISTEN}?{urlencode(query)}"
+        self._tls = tls
+        self._out = out
+        self._utterances = Utterances(options)
+        self._telling = asyncio.Lock()
+        self._sent = 0  # samples
+        self._sent_at = 0.0
+        self._asked_at: float | None = None  # since when an answer is awaited
+        self._answered = asyncio.Event()  # a `Finalize`
+        self._closing: asyncio.Timeout | None = None
+        self._ended = False
+        self._loop = asyncio.get_running_loop()
+
+    async def run(self, audio: AsyncIterator[StreamInput]) -> None:
+        """Reads the input to its end and has all of it answered. Raises a `BackendError`."""
+        async for item in audio:
+            match item:
+                case Pcm(samples) if len(samples):
+                    await self._talk(samples, audio)
+                    break
+                case Flush():
+                    await self._out.put(Flushed(0))
+                case Clear():
+                    await self._out.put(Cleared(0))
+
+    @property
+    def _heard_ms(self) -> int:
+        return to_ms(self._sent)
+
+    async def _talk(self, first: Samples, rest: AsyncIterator[StreamInput]) -> None:
+        async with self._connected() as socket, asyncio.TaskGroup() as tasks:
+            speaking = tasks.create_task(self._speak(socket, first, rest))
+            alive = tasks.create_task(self._keep_alive(socket))
+            await self._listen(socket)
+            speaking.cancel()
+            alive.cancel()
+        await self._tell(self._utterances.finish(self._heard_ms))
+
+    async def _tell(self, events: list[Event]) -> None:
+        async with self._telling:
+            await self._out.put(*events)
+
+    # --- what we say ---
+
+    async def _speak(self, socket: ClientConnection, first: Samples, rest: AsyncIterator[StreamInput]) -> None:
+        await self._send_audio(socket, first)
+        async for item in rest:
+            match item:
+                case Pcm(samples):
+                    await self._send_audio(socket, samples)
+                case Flush():
+                    await self._finalize(socket)
+                    await self._tell([*self._utterances.finish(self._heard_ms), Flushed(self._heard_ms)])
+                case Clear():
+                    self._utterances.drop(self._heard_ms)
+                    await self._finalize(socket)
+                    await self._tell(self._utterances.dropped(self._heard_ms))
+        self._ended = True
+        self._expect_answer()
+        if self._closing is not None:
+            self._closing.reschedule(self._loop.time() + DRAIN_S)
+        await self._send(socket, _CLOSE)
+
+    def _expect_answer(self) -> None:
+        if self._asked_at is None:
+            self._asked_at = self._loop.time()
+
+    async def _send_audio(self, socket: ClientConnection, samples: Samples) -> None:
+        for at in range(0, len(samples), _BITE):
+            bite = samples[at : at + _BITE]
+            self._sent += len(bite)
+            self._expect_answer()
+            await self._send(socket, bite.astype("<i2", copy=False).tobytes())
+
+    async def _finalize(self, socket: ClientConnection) -> None:
+        """What was sent is final when this returns, or Deepgram has nothing to say of it."""
+        if self._utterances.covers(self._heard_ms):
+            return
+        self._answered.clear()
+        await self._send(socket, _FINALIZE)
+        try:
+            async with asyncio.timeout(FINALIZE_S):
+                await self._answered.wait()
+        except TimeoutError:
+            pass
+
+    async def _keep_alive(self, socket: ClientConnection) -> None:
+        """Words that nothing follows are asked to be made final: Deepgram's clock stands still without audio."""
+        while True:
+            idle_s = self._loop.time() - self._sent_at
+            if idle_s < KEEP_ALIVE_S:
+                await asyncio.sleep(KEEP_ALIVE_S - idle_s)
+            else:
+                await self._send(socket, _FINALIZE if self._utterances.unsure else _KEEP_ALIVE)
+
+    async def _send(self, socket: ClientConnection, frame: str | bytes) -> None:
+        self._sent_at = self._loop.time()
+        with self._unbroken():
+            try:
+                async with asyncio.timeout(SILENT_S):
+                    await socket.send(frame)
+            except TimeoutError:
+                raise self._late() from None
+
+    # --- what we hear ---
+
+    async def _listen(self, socket: ClientConnection) -> None:
+        """To the last message."""
+        try:
+            async with asyncio.timeout(None) as self._closing:
+                while not (isinstance(message := await self._next(socket), Metadata) and self._ended):
+                    await self._heed(message)
+        except TimeoutError:
+            raise self._late() from None
+
+    async def _next(self, socket: ClientConnection) -> Message | None:
+        self._asked_at = None
+        while True:
+            try:
+                with self._unbroken():
+                    async with asyncio.timeout(SILENT_S):
+                        frame = await socket.recv()
+            except TimeoutError:
+                if self._waiting_s() >= SILENT_S:
+                    raise self._late() from None
+            else:
+                return load_message(self._account, frame)
+
+    def _waiting_s(self) -> float:
+        return 0.0 if self._asked_at is None else self._loop.time() - self._asked_at
+
+    async def _heed(self, message: Message | None) -> None:
+        match message:
+            case Results():
+                await self._tell(self._utterances.results(message, self._heard_ms))
+                if message.from_finalize or (message.is_final and self._utterances.covers(self._heard_ms)):
+                    self._answered.set()
+            case SpeechBegan(timestamp=timestamp):
+                await self._tell(self._utterances.began(timestamp, self._heard_ms))
+            case UtteranceEnd(last_word_end=last_word_end):
+                await self._tell(self._utterances.ended(last_word_end, self._heard_ms))
+            case Error():
+                raise BackendFailed(f"{self._account.backend} cannot go on with the stream.")
+
+    # --- the socket ---
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[ClientConnection]:
+        """Left early, it is closed at once, whether or not Deepgram listens."""
+        try:
+            socket = await self._connect()
+        except InvalidStatus as refused:
+            raise refusal(self._account, refused.response.status_code, refused.response.headers) from None
+        except WebSocketException:
+            raise BadAnswer(f"{self._account.backend} does not speak as expected.") from None
+        except TimeoutError:
+            raise self._late() from None
+        except OSError as error:
+            raise BackendUnavailable(f"{self._account.backend} cannot be reached.") from error
+        try:
+            yield socket
+        finally:
+            await socket.close()
+
+    async def _connect(self) -> ClientConnection:
+        return await _Connect(
+            self._address,
+            additional_headers={"Authorization": f"Token {self._account.key}"},
+            ssl=self._tls,
+            proxy=None,
+            compression=None,  # noise to a compressor
+            open_timeout=CONNECT_S,
+            close_timeout=CLOSE_S,
+            ping_interval=PING_S,
+            ping_timeout=PONG_S,
+            max_size=MESSAGE_BYTES,
+            max_queue=_FRAMES_WAITING,
+        )
+
+    @contextmanager
+    def _unbroken(self) -> Iterator[None]:
+        """What it means that the socket is closed; the reason given may repeat anything."""
+        try:
+            yield
+        except ConnectionClosed as closed:
+            raise _broken(self._account, closed) from None
+
+    def _late(self) -> BackendTimeout:
+        return BackendTimeout(f"{self._account.backend} did not answer in time.")
+
+
+class _Connect(connect):
+    """To the account's provider and to nobody else."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
+def _broken(account: Account, closed: ConnectionClosed) -> BackendError:
+    ours = closed.sent if closed.sent is not None and not closed.rcvd_then_sent else None
+    if ours is not None and ours.code in _UNREADABLE:
+        return BadAnswer(f"The answer of {account.backend} cannot be read.")
+    if closed.rcvd is None:
+        return BackendFailed(f"The connection to {account.backend} broke.")
+    if closed.rcvd.code in _AWAY:
+        return BackendUnavailable(f"{account.backend} is not available (close {closed.rcvd.code}).")
+    return BackendFailed(f"{account.backend} ended the stream (close {closed.rcvd.code}).")
