@@ -194,7 +194,7 @@ async def test_a_relay_is_known_by_its_name_and_models_before_it_is_plugged_in(
     relay = Relay("vllm-eu", "openai-compatible", "https://vllm.example/v1", "eu", ("whisper",))
     try:
         async with database.across_tenants("test") as tx:
-            await relays.put(tx, relay, providers=[relay.provider], allow_http=False, actor="test")
+            await relays.put(tx, relay, providers={relay.provider: None}, allow_http=False, actor="test")
         for body in (
             {"backends": ["vllm-eu"], "regions": ["eu"], "aliases": {"best": "vllm-eu/whisper"}},
             {"backends": ["relay"], "backend_models": {"vllm-eu": ["whisper"]}},
