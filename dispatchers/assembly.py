@@ -12,6 +12,7 @@ from uuid import UUID
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.child import EngineChild
+from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
 from dispatchers.dispatch import Door
 from dispatchers.engine.wire import ModelCard
@@ -62,7 +63,7 @@ class _SelfHosted:
 def begin_engine(settings: Settings) -> EngineChild | None:
     """Starts the engine's process, where there is to be one, ahead of the door: models load while a database starts.
     It ends with this process, or with the door that is opened with it."""
-    return engine_child(settings) if settings.backend == "local" else None
+    return engine_child(settings) if settings.backend == "local" and not settings.engines else None
 
 
 @asynccontextmanager
@@ -151,15 +152,23 @@ def _telling(registry: Registry, local: _SelfHosted) -> Callable[[], Awaitable[N
 
 @asynccontextmanager
 async def _self_hosted(settings: Settings, child: EngineChild | None) -> AsyncIterator[_SelfHosted]:
-    """The models, in a child process, or what answers in their place, or nothing."""
+    """The models, in a child process or elsewhere, what answers in their place, or nothing."""
     if settings.backend == "none":
         yield _SelfHosted(None, "no engine here: relays only")
         return
-    if child is None:
+    engine = child or _pool(settings)
+    if engine is None:
         yield _SelfHosted(Scripted(), "no model: a scripted answer, for smoke tests")
         return
     try:
-        note = await child.start()
-        yield _SelfHosted(child, note, child.catalogue, lambda: child.wait_s, lambda: child.up, child.tell_figures)
+        note = await engine.start()
+        yield _SelfHosted(engine, note, engine.catalogue, lambda: engine.wait_s, lambda: engine.up, engine.tell_figures)
     finally:
-        await child.aclose()
+        await engine.aclose()
+
+
+def _pool(settings: Settings) -> EnginePool | None:
+    if not settings.engines or settings.backend == "scripted":
+        return None
+    token = settings.engine_token
+    return EnginePool(settings.engines, token=None if token is None else token.get_secret_value())

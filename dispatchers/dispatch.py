@@ -71,6 +71,11 @@ class Door:
         """What is plugged in for this tenant, or for any, as the resolver sees it."""
         return self._registry.offers(tenant_id)
 
+    @property
+    def up(self) -> bool:
+        """Whether anything is, for whomever."""
+        return self._registry.up
+
     async def policy(self, caller: Caller) -> Policy:
         """The tenant's policy in force now."""
         return (await self.terms.of(caller.tenant_id)).policy

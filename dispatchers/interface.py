@@ -139,7 +139,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A whole recording as text. `language` is an ISO 639-1 code."""
+    """A whole recording as text. `language` is an ISO 639-1 code, or `und` where nobody says which."""
 
     text: str
     language: str
@@ -263,7 +263,7 @@ Event: TypeAlias = SpeechStarted | Partial | Delta | Final | Gap | Flushed | Cle
 class Capabilities:
     """What a dispatcher can do, as data. `languages` None means any; `models` are the names it answers to, its default
     first. `latest_wins`: of one `Options.stream` a newer partial takes the place of a waiting one, and is refused while
-    one runs; whichever goes raises `Superseded`."""
+    one runs; whichever goes raises `Superseded`. `up`: whether it takes work now."""
 
     batch: bool = True
     stream: bool = False
@@ -277,6 +277,7 @@ class Capabilities:
     least_billed_ms: int = 0
     languages: frozenset[str] | None = None
     models: tuple[str, ...] = ()
+    up: bool = True
 
 
 Heard: TypeAlias = Callable[[Segment], None]

@@ -42,6 +42,7 @@ def local_backend(settings: Settings, chosen: Resolved) -> LocalBackend:
         shortest_window=settings.shortest_window,
         batch_limit=settings.engine_batch or None,
         queue_limit=settings.engine_queue,
+        idle_s=settings.engine_idle_s,
     )
 
 

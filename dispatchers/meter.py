@@ -18,7 +18,6 @@ from policy.admission import Lease, Outcome, Receipt
 from policy.errors import BudgetExhausted, LedgerUnavailable, PolicyError, TenantSuspended
 from policy.resolve import Candidate
 from policy.sessions import Progress
-from runtime.database import Transaction
 
 log = structlog.get_logger()
 
@@ -125,7 +124,7 @@ class Meter:
         *before, (_, last) = self._served(self._lease.settled_ms, to_ms)
         for until_ms, candidate in before:
             await self._lease.settle(until_ms, candidate)
-        return await self._lease.settle(to_ms, last, outcome=outcome, extra=self._note)
+        return await self._lease.settle(to_ms, last, outcome=outcome, progress=self._noted())
 
     async def _advance(self, tell: Callable[[Used], Awaitable[None]]) -> None:
         lease = self._lease
@@ -140,8 +139,8 @@ class Meter:
             await lease.extend(self.accepted_ms + AHEAD_MS)
         self._covered.set()
 
-    async def _note(self, tx: Transaction) -> None:
-        await self._lease.note(tx, replace(self._progress(), code=self._left))
+    def _noted(self) -> Progress:
+        return replace(self._progress(), code=self._left)
 
     def _end(self, refusal: PolicyError) -> None:
         self.ended_by = refusal

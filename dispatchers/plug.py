@@ -38,7 +38,8 @@ class Plug:
 
     @property
     def up(self) -> bool:
-        return self.ready() if self.breaker is None else self.breaker.up
+        up = self.ready() if self.breaker is None else self.breaker.up
+        return up and self.recogniser.capabilities.up
 
     @property
     def partials(self) -> bool:

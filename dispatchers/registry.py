@@ -87,6 +87,11 @@ class Registry:
         """Whether there are no relays."""
         return not self._plugs
 
+    @property
+    def up(self) -> bool:
+        """Whether anything can be asked, on whomever's behalf."""
+        return any(plug.up for plug in (*self._own.values(), *self._plugs.values()))
+
     def budget(self, backend: str) -> RetryBudget:
         return self._budgets[backend]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
 from gateway import docs_page, health
 from gateway.api import admin, admin_policies, admin_relays, audio, config, explain, jobs, sessions, tickets, usage
-from gateway.middleware import Answered, Identified, nowhere, unhandled
+from gateway.middleware import Answered, Identified, nowhere
 from gateway.protocols import native_ws, openai_rest
 from gateway.state import Gateway
 
@@ -24,20 +23,23 @@ ROUTES: tuple[BaseRoute, ...] = (
     *usage.routes,
     *explain.routes,
     *admin.routes,
-    *admin_policies.routes,
     *admin_relays.routes,
+    *admin_policies.routes,
     *health.routes,
     *docs_page.routes,
 )
 
 
+class _Application(Starlette):
+    """With our own middleware and no more: `Answered` answers whatever Starlette's would."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Identified(Answered(self.router))
+
+
 def create_app(gateway: Gateway) -> Starlette:
     """An ASGI application over open parts. It has no lifespan of its own."""
-    app = Starlette(
-        routes=list(ROUTES),
-        middleware=[Middleware(Identified), Middleware(Answered)],
-        exception_handlers={HTTPException: unhandled},
-    )
+    app = _Application(routes=list(ROUTES))
     app.router.redirect_slashes = False
     app.router.default = nowhere
     app.state.gateway = gateway

@@ -25,7 +25,8 @@ async def chunks(request: Request, *, most: int, idle_s: float) -> AsyncIterator
     more = True
     while more:
         try:
-            message = await asyncio.wait_for(request.receive(), idle_s)
+            async with asyncio.timeout(idle_s):
+                message = await request.receive()
         except TimeoutError:
             raise UploadStalled from None
         if message["type"] == "http.disconnect":

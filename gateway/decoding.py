@@ -1,4 +1,4 @@
-"""Uploaded recordings to samples, off the event loop, a few at once."""
+"""Uploaded recordings to samples, off the event loop where that takes time, a few at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dispatchers.audio.decode import load
+from dispatchers.audio.decode import load, plain
 from dispatchers.errors import Overloaded
 from dispatchers.interface import Samples
 
@@ -24,12 +24,14 @@ class Decoder:
         self._threads = ThreadPoolExecutor(threads, "decode")
         self._room = threads + waiting
 
-    async def load(self, path: Path, limit_ms: int) -> Samples:
+    async def load(self, recording: Path | bytes, limit_ms: int) -> Samples:
         """The whole recording; `AudioTooLong` beyond the limit."""
+        if isinstance(recording, bytes) and (samples := plain(recording, limit_ms=limit_ms)) is not None:
+            return samples
         if self._room == 0:
             raise Overloaded(retry_after_s=5)
         self._room -= 1
-        work = asyncio.get_running_loop().run_in_executor(self._threads, lambda: load(path, limit_ms=limit_ms))
+        work = asyncio.get_running_loop().run_in_executor(self._threads, lambda: load(recording, limit_ms=limit_ms))
         work.add_done_callback(self._leave)
         return await work
 

@@ -154,10 +154,25 @@ SCHEMAS: dict[str, Any] = {
             "words": _INTEGER,
             "text": {**_MAYBE_STRING, "description": "Of a single session only; null where it is not kept."},
             "decision": {"type": "object"},
+            "legs": {
+                "type": "array",
+                "items": ref("Leg"),
+                "description": "Of a single session only: who was asked, in order, the failed attempts too.",
+            },
             "audio": {
                 "anyOf": [ref("SessionAudio"), {"type": "null"}],
                 "description": "Of a single session only; null where none is kept.",
             },
+        }
+    ),
+    "Leg": obj(
+        {
+            "backend": _STRING,
+            "model": _STRING,
+            "outcome": {**_STRING, "description": "`completed`, `cancelled`, or the code of what went wrong."},
+            "start_ms": _INTEGER,
+            "audio_ms": {**_INTEGER, "description": "Audio sent to it, of every channel."},
+            "took_ms": _INTEGER,
         }
     ),
     "SessionAudio": obj(
@@ -296,7 +311,7 @@ def document() -> dict[str, Any]:
             "description": "Speech in, text and bills out: recordings, live streams and jobs.",
         },
         "security": [{"bearer": []}],
-        "paths": PATHS | openapi_policies.PATHS | openapi_relays.PATHS,
+        "paths": PATHS | openapi_relays.PATHS | openapi_policies.PATHS,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "responses": {
@@ -305,7 +320,7 @@ def document() -> dict[str, Any]:
                     "content": {MEDIA_TYPE: {"schema": ref("Problem")}},
                 }
             },
-            "schemas": SCHEMAS | openapi_policies.SCHEMAS | openapi_relays.SCHEMAS,
+            "schemas": SCHEMAS | openapi_relays.SCHEMAS | openapi_policies.SCHEMAS,
         },
         "x-codes": {
             code: {"status": meaning.status, "close": meaning.close, "title": meaning.title}

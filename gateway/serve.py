@@ -112,6 +112,11 @@ async def _serve(
             ).serve(sockets=[listener])
 
 
+def _default_model(gateway: Gateway) -> str:
+    """Empty while no engine has said what it has."""
+    return next((model for offer in gateway.door.offers() for model in offer.models), "")
+
+
 @asynccontextmanager
 async def open_gateway(
     settings: Settings, engine: EngineChild | None = None
@@ -161,11 +166,6 @@ def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )
-
-
-def _default_model(gateway: Gateway) -> str:
-    """Empty where nothing is plugged in yet."""
-    return next((offer.models[0] for offer in gateway.door.offers() if offer.models), "")
 
 
 async def _demo_token(resources: Resources) -> str:

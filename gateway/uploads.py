@@ -1,4 +1,5 @@
-"""Multipart uploads, streamed: the file goes to disk as it arrives, the fields are collected within limits.
+"""Multipart uploads, streamed: a short file stays in memory, a longer one goes to disk as it arrives, and the fields
+are collected within limits.
 
 Memory does not grow with the upload, nothing is trusted before it is counted, and the file on disk is gone when the
 request is over.
@@ -34,7 +35,8 @@ FIELDS_MOST = 64
 FIELD_BYTES = 2 * 1024 * 1024
 FIELDS_BYTES = 16 * 1024 * 1024
 NAME_BYTES = 256
-BLOCK_BYTES = 1024 * 1024
+BLOCK_BYTES = 1024 * 1024  # what is shorter is never written to disk
+QUICK_BYTES = 128 * 1024  # digested in less time than a thread takes to begin
 ABANDONED_S = 3600.0
 
 
@@ -48,34 +50,54 @@ class Form:
 
 @asynccontextmanager
 async def received(request: Request, *, folder: Path, most: int, idle_s: float) -> AsyncIterator[Form]:
-    """The form of a `multipart/form-data` request, its file under `folder` for as long as the block lasts.
+    """The form of a `multipart/form-data` request. A long file is under `folder` for as long as the block lasts.
 
     Raises `UnsupportedMedia`, `BadRequest`, `Invalid` (no file, or not as a file), `EmptyAudio`, and what
     `gateway.bodies.chunks` raises.
     """
     parts = _Parts(_boundary(request.headers.get("content-type")))
-    spool = _Spool(folder / uuid7().hex, salt=request.url.path)
+    spool = _Spool(folder / uuid7().hex, salt=request.scope["path"])
+    on_disk = False
     try:
         async for chunk in chunks(request, most=most, idle_s=idle_s):
             parts.feed(chunk)
             if len(parts.pending) >= BLOCK_BYTES:
+                on_disk = True
                 await asyncio.to_thread(spool.write, parts.taken())
-        await asyncio.to_thread(spool.write, parts.taken())
+        rest = parts.taken()
+        if on_disk:
+            await asyncio.to_thread(spool.write, rest)
+        elif len(rest) > QUICK_BYTES:
+            await asyncio.to_thread(spool.keep, rest)
+        else:
+            spool.keep(rest)
         yield parts.form(spool)
     finally:
-        await asyncio.shield(asyncio.to_thread(spool.remove))
+        if on_disk:
+            await asyncio.shield(asyncio.to_thread(spool.remove))
 
 
 class _Spool:
-    """The file on disk. Blocking. Whoever is cancelled leaves a thread writing, so what follows waits for it."""
+    """The file, in memory if it is kept at once, else on disk. Blocking. Whoever is cancelled leaves a thread writing,
+    so what follows waits for it."""
 
     def __init__(self, path: Path, *, salt: str):
         self.path = path
         self.size = 0
+        self._kept: bytes | None = None
         self._digest = hashlib.sha256(salt.encode())
         self._file: IO[bytes] | None = None
         self._removed = False
         self._lock = threading.Lock()
+
+    @property
+    def recording(self) -> Path | bytes:
+        return self.path if self._kept is None else self._kept
+
+    def keep(self, whole: bytearray) -> None:
+        self._digest.update(whole)
+        self.size = len(whole)
+        self._kept = bytes(whole)
 
     def write(self, block: bytearray) -> None:
         with self._lock:
@@ -174,7 +196,7 @@ class _Parts:
         return block
 
     def form(self, spool: _Spool) -> Form:
-        """Everything, once the body has ended and the file is on disk."""
+        """Everything, once the body has ended and the file is spooled."""
         if not self._whole:
             raise BadRequest("The multipart body breaks off before its end.")
         if self._file is None:
@@ -182,7 +204,7 @@ class _Parts:
         if spool.size == 0:
             raise EmptyAudio(param=FILE_FIELD)
         filename, content_type = self._file
-        upload = Upload(spool.path, spool.size, filename, content_type, spool.fingerprint(self._fields))
+        upload = Upload(spool.recording, spool.size, filename, content_type, spool.fingerprint(self._fields))
         return Form(tuple((name, _text(name, value)) for name, value in self._fields), upload)
 
     # --- the parser's callbacks ---

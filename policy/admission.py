@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -13,15 +14,17 @@ import structlog
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from policy import budget, policies, quota, sessions, tenants
-from policy.errors import Conflict, NoPrice, PolicyError, TakenOver, TenantSuspended
+from policy import budget, identity, policies, quota, sessions, steps, tenants
+from policy.errors import Conflict, NoPrice, PolicyError, TakenOver, TenantSuspended, TokenRevoked
 from policy.identity import Caller
 from policy.lease import Extra, Lease, Receipt, hold_until
 from policy.outage import ledger_reachable
 from policy.policies import Policy
-from policy.pricing import Price, most_expensive, price_for
+from policy.pricing import Price, price_for
 from policy.resolve import Candidate, Decision, Demand, Refusal
-from policy.sessions import Kind, Outcome
+from policy.sessions import Kind, Outcome, Session
+from policy.steps import Prices, Unusual
+from runtime.beats import beating
 from runtime.coordination import Coordination
 from runtime.database import Database, Transaction
 from runtime.errors import StenogateError
@@ -34,6 +37,7 @@ log = structlog.get_logger(__name__)
 FIRST_BLOCKS = 2
 CLOSE_TIMEOUT_S = 10.0
 HEARTBEAT_S = 60.0
+KNOWN_MOST = 4096
 
 
 class Admission:
@@ -44,6 +48,7 @@ class Admission:
         self._coordination = coordination
         self._block_ms = block_ms
         self._closing: set[asyncio.Task[None]] = set()
+        self._known: dict[tuple[UUID, tuple[Candidate, ...]], _Known] = {}
 
     @asynccontextmanager
     async def admit(self, caller: Caller, demand: Demand, policy: Policy, decision: Decision) -> AsyncIterator[Lease]:
@@ -52,8 +57,8 @@ class Admission:
 
         Whoever leaves without having settled with an outcome, or detached, leaves a failed session and no hold.
 
-        Raises `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`, `TenantSuspended`, `NoPrice`,
-        `BudgetExhausted`, `LedgerUnavailable`.
+        Raises `ConcurrencyLimited`, `RateLimited`, `CoordinationUnavailable`, `TenantSuspended`, `TokenRevoked`,
+        `NoPrice`, `BudgetExhausted`, `LedgerUnavailable`.
         """
         session_id = uuid7()
         async with quota.admitted(
@@ -105,49 +110,55 @@ class Admission:
     async def _open(
         self, session_id: UUID, caller: Caller, demand: Demand, policy: Policy, decision: Decision
     ) -> Lease:
+        """At once where what is known of the tenant still holds, else by reading it anew."""
+
+        def opening(known: _Known) -> steps.Opening:
+            return steps.Opening(
+                session_id=session_id,
+                caller=caller,
+                demand=demand,
+                policy_version=policy.version,
+                candidates=decision.candidates,
+                decision=_priced(decision, known.prices, known.currency),
+                currency=known.currency,
+                prices=known.prices,
+                held_ms=FIRST_BLOCKS * self._block_ms if demand.audio_ms is None else demand.audio_ms,
+            )
+
+        key = (caller.tenant_id, decision.candidates)
         with ledger_reachable():
+            if (known := self._known.get(key)) is not None:
+                with suppress(Unusual):
+                    session = await steps.open_session(self._database, opening(known))
+                    return Lease(self._database, session, policy, known.prices)
             async with self._database.tenant(caller.tenant_id) as tx:
-                tenant = await tenants.by_id(tx, caller.tenant_id)
-                if tenant.status != "active":
-                    raise TenantSuspended
-                prices = await _prices(tx, tenant.id, decision.candidates, tenant.currency)
-                await sessions.open_session(
-                    tx,
-                    tenant.id,
-                    session_id,
-                    subject=caller.subject,
-                    demand=demand,
-                    policy_version=policy.version,
-                    decision=_priced(decision, prices, tenant.currency),
-                    currency=tenant.currency,
-                )
-                first_ms = FIRST_BLOCKS * self._block_ms if demand.audio_ms is None else demand.audio_ms
-                dearest = most_expensive(prices.values())
-                nano_per_hour = dearest.price_nano_per_hour * demand.channels
-                await hold_until(tx, tenant.id, session_id, first_ms, nano_per_hour)
-                session = await sessions.get(tx, tenant.id, session_id)
-        return Lease(self._database, session, policy, prices)
+                known = await _look_up(tx, caller, decision)
+                session = await _written(tx, opening(known))
+        self._remember(key, known)
+        return Lease(self._database, session, policy, known.prices)
+
+    def _remember(self, key: tuple[UUID, tuple[Candidate, ...]], known: _Known) -> None:
+        self._known.pop(key, None)
+        if len(self._known) >= KNOWN_MOST:
+            del self._known[next(iter(self._known))]
+        self._known[key] = known
 
     @asynccontextmanager
     async def _kept(self, lease: Lease, kind: Kind) -> AsyncIterator[None]:
-        alive = asyncio.create_task(self._keep_alive(lease))
         try:
-            yield
+            with beating(HEARTBEAT_S, lambda: self._keep_alive(lease)):
+                yield
         except (Exception, asyncio.CancelledError) as error:
             await self._leave(lease, _ending(error, kind))
             raise
         else:
             await self._leave(lease, Outcome("failed", code=StenogateError.code))
-        finally:
-            alive.cancel()
 
     async def _keep_alive(self, lease: Lease) -> None:
         """A session may go a long time without a settle: a stream that is silent, a file in a queue."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            with suppress(OSError, SQLAlchemyError):  # the next beat tries again; the reaper is far slower
-                async with self._database.tenant(lease.tenant_id) as tx:
-                    await sessions.touch(tx, lease.tenant_id, lease.session_id)
+        with suppress(OSError, SQLAlchemyError):  # the next beat tries again; the reaper is far slower
+            async with self._database.tenant(lease.tenant_id) as tx:
+                await sessions.touch(tx, lease.tenant_id, lease.session_id)
 
     async def _leave(self, lease: Lease, outcome: Outcome) -> None:
         """Ends the session unless it has ended or is detached. A cancellation meanwhile does not stop that."""
@@ -166,6 +177,41 @@ class Admission:
         self._closing.add(task)  # the loop itself keeps no task alive
         task.add_done_callback(self._closing.discard)
         await asyncio.shield(task)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What an admission was last based on. Whether it still holds is for the next one's own statement to say."""
+
+    currency: str
+    prices: Prices
+
+
+async def _look_up(tx: Transaction, caller: Caller, decision: Decision) -> _Known:
+    """Raises `TenantSuspended`, `TokenRevoked`, `NoPrice`."""
+    tenant = await tenants.by_id(tx, caller.tenant_id)
+    if tenant.status != "active":
+        raise TenantSuspended
+    if await identity.is_revoked(tx, caller.tenant_id, caller.token_id):
+        raise TokenRevoked
+    return _Known(tenant.currency, await _prices(tx, tenant.id, decision.candidates, tenant.currency))
+
+
+async def _written(tx: Transaction, opening: steps.Opening) -> Session:
+    """What `steps.open_session` does, one after the other. Raises `BudgetExhausted`."""
+    tenant_id, session_id = opening.caller.tenant_id, opening.session_id
+    await sessions.open_session(
+        tx,
+        tenant_id,
+        session_id,
+        subject=opening.caller.subject,
+        demand=opening.demand,
+        policy_version=opening.policy_version,
+        decision=opening.decision,
+        currency=opening.currency,
+    )
+    await hold_until(tx, tenant_id, session_id, opening.held_ms, opening.nano_per_hour)
+    return await sessions.get(tx, tenant_id, session_id)
 
 
 async def reap(database: Database, older_than_s: int) -> int:
@@ -208,7 +254,7 @@ def _ending(error: BaseException, kind: Kind) -> Outcome:
 
 async def _prices(
     tx: Transaction, tenant_id: UUID, candidates: Sequence[Candidate], currency: str, *, at: datetime | None = None
-) -> dict[tuple[str, str], Price]:
+) -> Prices:
     """The price of every candidate that has one. Raises `NoPrice` when none has."""
     found: dict[tuple[str, str], Price] = {}
     missing: NoPrice | None = None
@@ -223,8 +269,10 @@ async def _prices(
     return found
 
 
-def _priced(decision: Decision, prices: dict[tuple[str, str], Price], currency: str) -> Decision:
+def _priced(decision: Decision, prices: Prices, currency: str) -> Decision:
     """The decision without the candidates that are not for sale."""
+    if len(prices) == len(decision.candidates):
+        return decision
     kept = tuple(each for each in decision.candidates if (each.backend, each.model) in prices)
     dropped = tuple(
         Refusal(each.backend, each.model, f"No price in {currency} is set for it.")

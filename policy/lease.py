@@ -7,11 +7,11 @@ Where a session changes hands (`Admission.resumed`), its `turn` tells the holder
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from policy import budget, legs, metering, sessions, tenants
+from policy import budget, legs, metering, sessions, steps, tenants
 from policy.errors import Conflict, NoPrice, TakenOver
 from policy.legs import Leg
 from policy.metering import Segment
@@ -20,6 +20,7 @@ from policy.policies import Policy
 from policy.pricing import Price, affordable_ms, cover_nano, most_expensive
 from policy.resolve import Candidate, Decision
 from policy.sessions import Outcome, Progress, Session
+from policy.steps import Prices, Unusual
 from runtime.database import Database, Transaction
 from runtime.telemetry import LEDGER_AUDIO_MS, LEDGER_ROWS, SETTLE_SECONDS
 
@@ -46,7 +47,7 @@ class Lease:
         database: Database,
         session: Session,
         policy: Policy,
-        prices: Mapping[tuple[str, str], Price],
+        prices: Prices,
     ):
         self.session_id = session.id
         self.tenant_id = session.tenant_id
@@ -60,6 +61,8 @@ class Lease:
         self._database = database
         self._prices = prices
         self._channels = session.channels
+        self._customer = session.customer
+        self._segments = session.segments
         self._hold_price = most_expensive(prices.values()).price_nano_per_hour * session.channels
         self._attempted_ms = session.accepted_ms
         self.turn = session.turn
@@ -94,29 +97,31 @@ class Lease:
         self.held_ms = max(self.held_ms, held_ms)
 
     async def settle(
-        self, to_ms: int, candidate: Candidate, *, outcome: Outcome | None = None, extra: Extra | None = None
+        self,
+        to_ms: int,
+        candidate: Candidate,
+        *,
+        outcome: Outcome | None = None,
+        progress: Progress | None = None,
+        extra: Extra | None = None,
     ) -> Receipt:
-        """Bills `[settled_ms, to_ms)` to the candidate, and with an outcome ends the session and gives back what is
-        still held: in one transaction, in which `extra` runs first. What is billed already costs nothing again.
+        """Bills `[settled_ms, to_ms)` to the candidate, notes the progress, and with an outcome ends the session and
+        gives back what is still held: in one transaction, in which `extra` runs first. What is billed already costs
+        nothing again.
 
         Raises `Conflict` when the session has ended or somebody else bills it (`TakenOver`: rightly so),
         `LedgerUnavailable`, and what `extra` raises.
         """
         known = (self.settled_ms, self._attempted_ms)
         self._attempted_ms = to_ms
+        written, receipt = tuple(self._legs), None
         with ledger_reachable(), SETTLE_SECONDS.time():
-            async with self._database.tenant(self.tenant_id) as tx:
-                session = await self._check(tx)
-                written = await self._put_legs(tx)
-                if not _is_done(session, to_ms, outcome, known):
-                    if session.status != "open" or session.accepted_ms not in known:
-                        raise Conflict("The session has ended, or somebody else goes on with it.")
-                    if extra is not None:
-                        await extra(tx)
-                    await self._bill(tx, session, to_ms, candidate)
-                    if outcome is not None:
-                        await self._close(tx, outcome)
-                receipt = await self._receipt(tx, candidate)
+            if extra is None and self.settled_ms == known[1] < to_ms:
+                receipt = await self._settle_at_once(to_ms, candidate, outcome, progress, written)
+            if receipt is None:
+                receipt = await self._settle_in_full(
+                    to_ms, candidate, outcome=outcome, progress=progress, extra=extra, known=known
+                )
         self._forget(written)
         if receipt.accepted_ms > self.settled_ms:
             LEDGER_ROWS.labels(candidate.backend).inc()
@@ -126,11 +131,73 @@ class Lease:
         self.closed = self.closed or outcome is not None
         return receipt
 
+    async def _settle_at_once(
+        self,
+        to_ms: int,
+        candidate: Candidate,
+        outcome: Outcome | None,
+        progress: Progress | None,
+        attempts: Sequence[Leg],
+    ) -> Receipt | None:
+        """None: the session does not stand where this process believes, and nothing was changed."""
+        segment = self._segment(self.settled_ms, to_ms, self._segments, candidate)
+        try:
+            settled = await steps.settle(
+                self._database,
+                self.tenant_id,
+                segment,
+                turn=self.turn,
+                progress=progress,
+                outcome=outcome,
+                attempts=self._priced(attempts),
+            )
+        except Unusual:
+            return None
+        self._segments += 1
+        return Receipt(
+            accepted_ms=to_ms,
+            billed_ms=settled.billed_ms,
+            remaining_ms=self._remaining_ms(
+                settled.free_nano, settled.held_ms - to_ms if outcome is None else 0, candidate
+            ),
+            tenant_active=settled.tenant_active,
+        )
+
+    async def _settle_in_full(
+        self,
+        to_ms: int,
+        candidate: Candidate,
+        *,
+        outcome: Outcome | None,
+        progress: Progress | None,
+        extra: Extra | None,
+        known: tuple[int, int],
+    ) -> Receipt:
+        async with self._database.tenant(self.tenant_id) as tx:
+            session = await self._check(tx)
+            await self._put_legs(tx)
+            if not _is_done(session, to_ms, outcome, known):
+                if session.status != "open" or session.accepted_ms not in known:
+                    raise Conflict("The session has ended, or somebody else goes on with it.")
+                if progress is not None:
+                    await sessions.note(tx, self.tenant_id, self.session_id, self.turn, progress)
+                if extra is not None:
+                    await extra(tx)
+                if to_ms > session.accepted_ms:
+                    segment = self._segment(session.accepted_ms, to_ms, session.segments, candidate)
+                    await metering.settle(tx, self.tenant_id, segment)
+                if outcome is not None:
+                    await self._close(tx, outcome)
+            session, receipt = await self._receipt(tx, candidate)
+        self._segments = session.segments
+        return receipt
+
     async def remaining_ms(self, candidate: Candidate) -> int | None:
         """How much more audio can be accepted, what is held included; None: no limit."""
         with ledger_reachable():
             async with self._database.tenant(self.tenant_id) as tx:
-                return (await self._receipt(tx, candidate)).remaining_ms
+                _, receipt = await self._receipt(tx, candidate)
+                return receipt.remaining_ms
 
     async def end(self, outcome: Outcome) -> None:
         """Ends the session as it stands: nothing more is billed, what is held is given back. Again: no effect."""
@@ -147,10 +214,6 @@ class Lease:
             async with self._database.tenant(self.tenant_id) as tx:
                 await self._check(tx)
 
-    async def note(self, tx: Transaction, progress: Progress) -> None:
-        """Writes down what the session came to so far."""
-        await sessions.note(tx, self.tenant_id, self.session_id, self.turn, progress)
-
     async def fail(self, code: str) -> None:
         """Ends the session as failed."""
         await self.end(Outcome("failed", code=code))
@@ -166,54 +229,52 @@ class Lease:
             raise TakenOver
         return session
 
+    def _priced(self, attempts: Sequence[Leg]) -> list[legs.Priced]:
+        return [(leg, self._prices[leg.backend, leg.model]) for leg in attempts]
+
     async def _put_legs(self, tx: Transaction) -> tuple[Leg, ...]:
         """Those written; to be forgotten when the transaction is known to have ended well."""
         unwritten = tuple(self._legs)
-        priced = [(leg, self._prices[leg.backend, leg.model]) for leg in unwritten]
-        await legs.record(tx, self.tenant_id, self.session_id, priced)
+        await legs.record(tx, self.tenant_id, self.session_id, self._priced(unwritten))
         return unwritten
 
     def _forget(self, written: tuple[Leg, ...]) -> None:
         self._legs = [leg for leg in self._legs if leg not in written]
 
-    async def _bill(self, tx: Transaction, session: Session, to_ms: int, candidate: Candidate) -> None:
-        if to_ms <= session.accepted_ms:
-            return
-        price = self._price(candidate)
-        await metering.settle(
-            tx,
-            self.tenant_id,
-            Segment(
-                source_id=self.session_id,
-                segment_no=session.segments,
-                start_ms=session.accepted_ms,
-                end_ms=to_ms,
-                backend=candidate.backend,
-                model=candidate.model,
-                customer=session.customer,
-                price=price,
-                held_nano=_between(session.accepted_ms, to_ms, self._hold_price),
-                channels=self._channels,
-            ),
+    def _segment(self, start_ms: int, to_ms: int, number: int, candidate: Candidate) -> Segment:
+        return Segment(
+            source_id=self.session_id,
+            segment_no=number,
+            start_ms=start_ms,
+            end_ms=to_ms,
+            backend=candidate.backend,
+            model=candidate.model,
+            customer=self._customer,
+            price=self._price(candidate),
+            held_nano=_between(start_ms, to_ms, self._hold_price),
+            channels=self._channels,
         )
 
     async def _close(self, tx: Transaction, outcome: Outcome) -> None:
         if await sessions.close_session(tx, self.tenant_id, self.session_id, outcome, turn=self.turn):
             await budget.release(tx, self.tenant_id, self.session_id)
 
-    async def _receipt(self, tx: Transaction, candidate: Candidate) -> Receipt:
+    async def _receipt(self, tx: Transaction, candidate: Candidate) -> tuple[Session, Receipt]:
         session = await sessions.get(tx, self.tenant_id, self.session_id)
         tenant = await tenants.by_id(tx, self.tenant_id)
         free_nano = await budget.remaining(tx, self.tenant_id, self.session_id)
-        price_nano = self._price(candidate).price_nano_per_hour * self._channels
-        free_ms = None if free_nano is None else affordable_ms(free_nano, price_nano)
         held_ms = session.held_ms - session.accepted_ms if session.status == "open" else 0
-        return Receipt(
+        return session, Receipt(
             accepted_ms=session.accepted_ms,
             billed_ms=session.billed_ms,
-            remaining_ms=None if free_ms is None else free_ms + held_ms,
+            remaining_ms=self._remaining_ms(free_nano, held_ms, candidate),
             tenant_active=tenant.status == "active",
         )
+
+    def _remaining_ms(self, free_nano: int | None, held_ms: int, candidate: Candidate) -> int | None:
+        price_nano = self._price(candidate).price_nano_per_hour * self._channels
+        free_ms = None if free_nano is None else affordable_ms(free_nano, price_nano)
+        return None if free_ms is None else free_ms + held_ms
 
     def _price(self, candidate: Candidate) -> Price:
         price = self._prices.get((candidate.backend, candidate.model))

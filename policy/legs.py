@@ -7,8 +7,10 @@ session's next settle, or by itself where there is none, and twice the same is o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 from uuid import UUID
 
 from sqlalchemy import text
@@ -33,20 +35,22 @@ class Leg:
     took_ms: int
 
 
-async def record(tx: Transaction, tenant_id: UUID, session_id: UUID, legs: Sequence[tuple[Leg, Price]]) -> None:
-    """Writes down those that are not yet written, each at the cost that its price has an hour."""
-    values = [
-        {
-            **{name: getattr(leg, name) for name in Leg.__dataclass_fields__},
-            "tenant": tenant_id,
-            "session": session_id,
-            "cost_nano": amount_nano(leg.charged_ms, price.cost_nano_per_hour),
-            "currency": price.currency,
-        }
-        for leg, price in legs
-    ]
-    if values:
-        await tx.execute(_RECORD, values)
+Priced: TypeAlias = tuple[Leg, Price]
+"""A leg, and the price whose cost it has."""
+
+NAMES = "id, backend, model, credential_id, outcome, start_ms, audio_ms, charged_ms, took_ms, cost_nano, currency"
+
+
+async def record(tx: Transaction, tenant_id: UUID, session_id: UUID, legs: Sequence[Priced]) -> None:
+    """Writes down those that are not yet written."""
+    if legs:
+        mine = {"tenant": tenant_id, "session": session_id}
+        await tx.execute(_RECORD, [mine | dict(zip(_NAMED, _row(*leg), strict=True)) for leg in legs])
+
+
+def as_json(legs: Sequence[Priced]) -> str:
+    """What is written of them, by name."""
+    return json.dumps([dict(zip(_NAMED, _row(*leg), strict=True)) for leg in legs], default=str)
 
 
 async def listing(tx: Transaction, tenant_id: UUID, session_id: UUID) -> list[Leg]:
@@ -55,13 +59,17 @@ async def listing(tx: Transaction, tenant_id: UUID, session_id: UUID) -> list[Le
     return [Leg(*row) for row in found]
 
 
-_RECORD = text("""
-    insert into legs (tenant_id, id, session_id, backend, model, credential_id, outcome, start_ms, audio_ms, charged_ms,
-                      cost_nano, currency, took_ms)
-    values (:tenant, :id, :session, :backend, :model, :credential_id, :outcome, :start_ms, :audio_ms, :charged_ms,
-            :cost_nano, :currency, :took_ms)
+def _row(leg: Leg, price: Price) -> tuple[object, ...]:
+    cost = amount_nano(leg.charged_ms, price.cost_nano_per_hour)
+    return (*(getattr(leg, name) for name in Leg.__dataclass_fields__), cost, price.currency)
+
+
+_NAMED = NAMES.split(", ")
+_RECORD = text(f"""
+    insert into legs (tenant_id, session_id, {NAMES})
+    values (:tenant, :session, {", ".join(f":{name}" for name in _NAMED)})
     on conflict do nothing
-""")
+""")  # noqa: S608  constants only
 _LISTING = text("""
     select id, backend, model, credential_id, outcome, start_ms, audio_ms, charged_ms, took_ms
     from legs where tenant_id = :tenant and session_id = :session order by id

@@ -70,7 +70,8 @@ def objection(policy: PolicyBody, demand: Demand, offer: Offer, meant: Meant) ->
     model = meant.model
     if meant.backend not in (None, offer.backend):
         return No(ModelNotFound, f"The tenant's policy means the model `{model}` of the backend `{meant.backend}`.")
-    if model not in offer.models:
+    unknown = not offer.models and not offer.up  # until it is up for the first time
+    if model not in offer.models and not unknown:
         return No(ModelNotFound, f"The backend has no model `{model}`." if model else "The backend has no model.")
     return forbidden(policy, offer, model) or _inability(policy, demand, offer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import asyncpg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -22,10 +23,14 @@ def ledger_reachable() -> Iterator[None]:
     except (OSError, PoolTimeout) as error:  # TimeoutError is an OSError
         raise LedgerUnavailable(retry_after_s=5) from error
     except DBAPIError as error:
-        if error.connection_invalidated or _sqlstate(error).startswith(_GONE):
+        if error.connection_invalidated or _is_gone(error.orig):
+            raise LedgerUnavailable(retry_after_s=5) from error
+        raise
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # of `Database.once`
+        if isinstance(error, asyncpg.InterfaceError) or _is_gone(error):
             raise LedgerUnavailable(retry_after_s=5) from error
         raise
 
 
-def _sqlstate(error: DBAPIError) -> str:
-    return getattr(error.orig, "sqlstate", None) or ""
+def _is_gone(error: BaseException | None) -> bool:
+    return (getattr(error, "sqlstate", None) or "").startswith(_GONE)

@@ -36,7 +36,8 @@ NEW_SESSIONS: JsonDict = {"change": "new_sessions"}
 
 ENGINE_SETTINGS = (
     *("model", "whisper_model", "model_cache_dir", "device", "compute_type", "shortest_window"),
-    *("engine_workers", "engine_queue", "engine_batch", "max_upload_bytes", "log_level", "log_format"),
+    *("engine_workers", "engine_queue", "engine_batch", "engine_idle_s"),
+    *("max_upload_bytes", "log_level", "log_format"),
 )
 
 
@@ -102,10 +103,22 @@ class Settings(BaseSettings):
         le=64,
         description="Short recognitions in one go; 0: 16 on a GPU, 1 on a CPU, where more gains little.",
     )
+    engine_idle_s: float = Field(
+        0.0,
+        ge=0,
+        le=86_400,
+        description="A model that nobody asked for so long is unloaded, the default excepted; 0: never.",
+    )
     engine_token: SecretStr | None = Field(
         None,
         min_length=1,
-        description="Bearer token that callers of the engine role must send. Unset: it only listens on loopback.",
+        description="Bearer token that callers of the engine role must send; a gateway with `STENOGATE_ENGINES` is one."
+        " Unset: the engine only listens on loopback.",
+    )
+    engines: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Engines (`stenogate engine`) as `http(s)://host:port`, with commas between; each address of a name"
+        " is one. Unset: the models are in a child process.",
     )
     backend: Literal["local", "scripted", "none"] = Field(
         "local",
@@ -215,7 +228,7 @@ class Settings(BaseSettings):
     )
     log_format: Literal["json", "console"] = Field("json", description="JSON lines, or lines for people.")
 
-    @field_validator("origins", "trusted_proxies", mode="before")
+    @field_validator("origins", "trusted_proxies", "engines", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         """From the environment it comes as one text."""
@@ -232,6 +245,17 @@ class Settings(BaseSettings):
             if origin != "*" and not plain:
                 raise ValueError(f"{origin} is no origin; write scheme://host or scheme://host:port, or *")
         return None if origins is None else frozenset(origin.lower() for origin in origins)
+
+    @field_validator("engines")
+    @classmethod
+    def _engines(cls, engines: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for url in engines or ():
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname or url != f"{parts.scheme}://{parts.netloc}":
+                raise ValueError("write each engine as http://host:port or https://host:port, with commas between")
+            if "@" in parts.netloc or not _is_port(url):
+                raise ValueError("an engine is a host and a port; its token is STENOGATE_ENGINE_TOKEN")
+        return engines and tuple(dict.fromkeys(engines))
 
     @field_validator("signing_key")
     @classmethod
@@ -258,6 +282,13 @@ class Settings(BaseSettings):
         """The same but for these, which are checked as the environment's are. Raises pydantic's `ValidationError`."""
         checked = type(self)(**values)
         return self.model_copy(update={name: getattr(checked, name) for name in values})
+
+
+def _is_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
 
 
 def sealing_keys(written: str) -> dict[str, bytes]:

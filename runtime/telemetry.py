@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 from datetime import date
 from decimal import Decimal
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any, Literal
@@ -55,6 +56,8 @@ CREDENTIALS = (
     (re.compile(r"://[^\s/@]*@"), "://***@"),
     (re.compile(r"\b(\w*(?:token|ticket|secret|password|key))=[^\s&'\"]+", re.IGNORECASE), r"\1=***"),
 )
+MAYBE_A_CREDENTIAL = re.compile(r"eyj|://|=|\bbearer\b|\bbasic\b", re.IGNORECASE)
+"""In every text with one; most have none, and need not be looked through for each kind."""
 LONGEST_VALUE = 16_384
 TALKATIVE = (
     "httpx",
@@ -100,6 +103,10 @@ def configure_logging(level: str, fmt: Literal["json", "console"] = "json") -> N
             ],
         )
     )
+    # No line says where in the code, in which thread or in which task it was made, so nobody needs to find out.
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks"):  # the manual's "Optimization"
+        setattr(logging, name, False)
+    logging._srcfile = None
     logging.basicConfig(handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     for name in ("uvicorn", "uvicorn.error"):
@@ -147,15 +154,22 @@ def masked(text: str) -> str:
     """The text, shortened if very long, with everything that looks like a credential replaced by `***`."""
     if len(text) > LONGEST_VALUE:
         text = f"{text[:LONGEST_VALUE]}…"
-    for pattern, replacement in CREDENTIALS:
-        text = pattern.sub(replacement, text)
+    if MAYBE_A_CREDENTIAL.search(text):
+        for pattern, replacement in CREDENTIALS:
+            text = pattern.sub(replacement, text)
     return text
 
 
 def _without_secrets(fields: Mapping[Any, Any]) -> dict[str, Any]:
-    return {masked(str(name)): _shown(value) for name, value in fields.items() if not _is_sensitive(str(name))}
+    return {_masked_name(str(name)): _shown(value) for name, value in fields.items() if not _is_sensitive(str(name))}
 
 
+@lru_cache(1024)
+def _masked_name(name: str) -> str:
+    return masked(name)
+
+
+@lru_cache(1024)
 def _is_sensitive(name: str) -> bool:
     name = name.lower().replace("-", "_")
     return name in SENSITIVE or name.endswith(SENSITIVE_ENDINGS)
@@ -191,14 +205,30 @@ ENGINE = CollectorRegistry()
 
 
 class _EngineFigures(Collector):
-    """The engine's numbers among all others: this process' own or, where the models are in another, what that one told
-    last."""
+    """The engine's numbers among all others: this process' own or, where the models are elsewhere, what was told there
+    last. Those of a pool's engines carry a label, `engine`."""
 
     def __init__(self) -> None:
-        self.told: str | None = None
+        self._told: Mapping[str, list[Metric]] | None = None
+
+    def tell(self, told: Mapping[str, str] | None) -> None:
+        """What engines told, in Prometheus' text format, by label ("": the only one); None: this process' own are true.
+        Raises `ValueError`."""
+        parsed = {label: list(text_string_to_metric_families(text)) for label, text in (told or {}).items()}
+        self._told = None if told is None else parsed
 
     def collect(self) -> Iterable[Metric]:
-        return ENGINE.collect() if self.told is None else text_string_to_metric_families(self.told)
+        return ENGINE.collect() if self._told is None else _together(self._told)
+
+
+def _together(told: Mapping[str, list[Metric]]) -> Iterable[Metric]:
+    together: dict[str, Metric] = {}
+    for engine, families in told.items():
+        more = {"engine": engine} if engine else {}
+        for family in families:
+            whole = together.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            whole.samples.extend(sample._replace(labels=sample.labels | more) for sample in family.samples)
+    return together.values()
 
 
 ENGINE_FIGURES = _EngineFigures()
@@ -260,8 +290,13 @@ RECOGNITION_SECONDS = _histogram(
 )
 RECOGNISED_SECONDS = _counter("recognised_audio_seconds", "Audio that models worked on.", "model", registry=ENGINE)
 
-ENGINE_UP = _gauge("engine_up", "Whether the engine's process is ready for work.")
+ENGINE_UP = _gauge("engine_up", "Whether the engine's process, or one of the pool's engines, is ready for work.")
 ENGINE_RESTARTS = _counter("engine_restarts", "Starts of the engine's process after it had ended by itself.")
+
+ENGINES = _gauge("engines", "Engines of the pool, by state.", "state")
+ENGINE_IN_FLIGHT = _gauge("engine_in_flight", "Recognitions asked of an engine of the pool and not answered.", "engine")
+ENGINE_EJECTIONS = _counter("engine_ejections", "Engines let out of the pool for a while, by reason.", "reason")
+ENGINE_RETRIES = _counter("engine_retries", "Recognitions given to another engine of the pool, by error code.", "code")
 
 BACKEND_UP = _gauge("backend_up", "Whether the backend can be asked, with one credential at least.", "backend")
 BACKEND_CREDENTIALS = _gauge(

@@ -40,9 +40,10 @@ POLL_S = (0.2, 1.0)
 
 @dataclass(frozen=True)
 class Upload:
-    """A finished upload on the local disk; its owner removes it. `fingerprint` is the SHA-256 of file and fields."""
+    """A finished upload: a file on the local disk, which its owner removes, or its content where that is short.
+    `fingerprint` is the SHA-256 of file and fields."""
 
-    path: Path
+    recording: Path | bytes
     size: int
     filename: str | None
     content_type: str | None
@@ -109,7 +110,7 @@ class Jobs:
             await tx.execute(_INSERT, _row(lease, options, upload, blob_key))
 
         try:
-            await self._blobs.put_file(blob_key, upload.path)
+            await self._store(blob_key, upload.recording)
             lease = await self._door.accept(caller, demand, write)
         except BaseException:
             await self._discard(blob_key)
@@ -171,7 +172,7 @@ class Jobs:
 
     async def _claimed_ms(self, caller: Caller, upload: Upload) -> int:
         """What a hold is taken for: the length that the header tells, else the most that so many bytes can be."""
-        probed = await asyncio.to_thread(probe, upload.path)
+        probed = await asyncio.to_thread(probe, upload.recording)
         if probed.duration_ms:
             return probed.duration_ms
         policy = await self._door.policy(caller)
@@ -183,6 +184,12 @@ class Jobs:
         if row is None:
             raise JobNotFound
         return _job(row)
+
+    async def _store(self, blob_key: str, recording: Path | bytes) -> None:
+        if isinstance(recording, bytes):
+            await self._blobs.put(blob_key, recording)
+        else:
+            await self._blobs.put_file(blob_key, recording)
 
     async def _discard(self, blob_key: str) -> None:
         try:

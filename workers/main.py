@@ -115,7 +115,7 @@ async def _work(settings: Settings, redis_url: str) -> None:
         swept(resources.database, doorbell),
     ):
         arguments = worker_settings(settings, redis_url, context_of(resources, opened.door))
-        log.info("worker.ready", models=[card.name for card in opened.catalogue()], jobs=settings.job_workers)
+        log.info("worker.ready", engine=opened.model_note, jobs=settings.job_workers)
         while not stop.is_set():
             await work_until(stop, Worker(**arguments))
     log.info("worker.stopped")

@@ -1,4 +1,4 @@
-"""Any recording, read as mono 16 kHz samples by FFmpeg (through PyAV), piece by piece.
+"""Any recording, a file or its content in memory, read as mono 16 kHz samples by FFmpeg (through PyAV), piece by piece.
 
 A header is a claim, never trusted: lengths count decoded samples, and memory does not grow with what a file says of
 itself. A recording may not refer to anything outside itself: playlists, concatenations and session descriptions are not
@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dispatchers.audio.wav import plain_pcm
 from dispatchers.errors import AudioTooLong, AudioTooShort, EmptyAudio, NotAudio, UnsupportedAudio
 from dispatchers.interface import SAMPLE_RATE, SAMPLES_PER_MS, Samples
 
@@ -43,9 +45,9 @@ class Probed:
     sample_rate: int
 
 
-def probe(path: Path) -> Probed:
+def probe(recording: Path | bytes) -> Probed:
     """Reads the header only. Blocking. Raises `EmptyAudio`, `NotAudio` or `UnsupportedAudio`."""
-    with _opened(path) as (container, stream):
+    with _opened(recording) as (container, stream):
         return Probed(
             duration_ms=container.duration // 1000 if container.duration is not None else None,
             codec=stream.codec_context.name,
@@ -55,7 +57,7 @@ def probe(path: Path) -> Probed:
         )
 
 
-def decode(path: Path, *, limit_ms: int | None = None) -> Iterator[Samples]:
+def decode(recording: Path | bytes, *, limit_ms: int | None = None) -> Iterator[Samples]:
     """The recording's samples in pieces, as they are decoded. Blocking; memory does not grow with length.
 
     A file that breaks off gives what could be decoded. Raises `EmptyAudio`, `NotAudio` or `UnsupportedAudio` at the
@@ -63,31 +65,41 @@ def decode(path: Path, *, limit_ms: int | None = None) -> Iterator[Samples]:
     100 ms.
     """
     total = 0
-    with _opened(path) as (container, stream):
+    with _opened(recording) as (container, stream):
         for samples in _resampled(_frames(container, stream)):
             total += len(samples)
-            if limit_ms is not None and total > limit_ms * SAMPLES_PER_MS:
-                raise AudioTooLong
+            _check_longest(total, limit_ms)
             yield samples
     if total == 0:
         raise NotAudio
-    if total < MIN_MS * SAMPLES_PER_MS:
-        raise AudioTooShort
+    _check_shortest(total)
 
 
-def load(path: Path, *, limit_ms: int | None = None) -> Samples:
+def load(recording: Path | bytes, *, limit_ms: int | None = None) -> Samples:
     """The whole recording in memory, for short audio. Blocking; raises as `decode` does."""
-    return np.concatenate(list(decode(path, limit_ms=limit_ms)))
+    return np.concatenate(list(decode(recording, limit_ms=limit_ms)))
 
 
-def spool(path: Path, target: Path, *, limit_ms: int | None = None) -> Samples:
+def plain(content: bytes, *, limit_ms: int | None = None) -> Samples | None:
+    """The samples of a WAV that holds them just as they are wanted, which takes no time; None for anything else, or in
+    any doubt. Raises `AudioTooLong` and `AudioTooShort`."""
+    pcm = plain_pcm(content, SAMPLE_RATE)
+    if pcm is None:
+        return None
+    samples = np.frombuffer(pcm, np.dtype("<i2"))
+    _check_longest(len(samples), limit_ms)
+    _check_shortest(len(samples))
+    return samples
+
+
+def spool(recording: Path | bytes, target: Path, *, limit_ms: int | None = None) -> Samples:
     """Decodes to raw samples in `target` and maps them read-only, so that hours of audio cost no memory.
 
     Blocking; raises as `decode` does, and then leaves no `target` behind.
     """
     try:
         with target.open("wb") as raw:
-            for samples in decode(path, limit_ms=limit_ms):
+            for samples in decode(recording, limit_ms=limit_ms):
                 raw.write(samples.tobytes())
     except BaseException:
         target.unlink(missing_ok=True)
@@ -96,11 +108,11 @@ def spool(path: Path, target: Path, *, limit_ms: int | None = None) -> Samples:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, AudioStream]]:
+def _opened(recording: Path | bytes) -> Iterator[tuple[InputContainer, AudioStream]]:
     """The container and its first audio stream, both found acceptable. FFmpeg's errors become ours."""
     import av
 
-    with path.open("rb") as file:
+    with BytesIO(recording) if isinstance(recording, bytes) else recording.open("rb") as file:
         if not file.read(1):
             raise EmptyAudio
         file.seek(0)
@@ -116,6 +128,16 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, AudioStream]]:
         except (av.FFmpegError, ValueError, OverflowError, MemoryError):
             # The cause may quote the file or its path, so it is not chained.
             raise NotAudio from None
+
+
+def _check_longest(samples: int, limit_ms: int | None) -> None:
+    if limit_ms is not None and samples > limit_ms * SAMPLES_PER_MS:
+        raise AudioTooLong
+
+
+def _check_shortest(samples: int) -> None:
+    if samples < MIN_MS * SAMPLES_PER_MS:
+        raise AudioTooShort
 
 
 def _check(channels: int, rate: int | None) -> None:

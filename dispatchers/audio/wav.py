@@ -22,6 +22,8 @@ _CODECS = {
 }
 _ENDLESS = range(0x7FFF_F000, 0x1_0000_0000)
 _PIECE = 16 * 1024
+_SHORTEST_SAYING = 4
+_SAYS_NOTHING = frozenset({b"LIST", b"fact", b"JUNK", b"PAD ", b"PEAK"})
 
 
 def wav(source: Source) -> Steps:
@@ -42,6 +44,27 @@ def wav(source: Source) -> Steps:
         raise NotAudio("The stream's WAV has no format.")
     yield from _audio(source, whole, sys.maxsize if size == 0 or size in _ENDLESS else size)
     yield from source.drain()  # what follows the audio says nothing
+
+
+def plain_pcm(content: bytes, rate: int) -> memoryview | None:
+    """The samples of a whole, ordinary file of 16-bit mono PCM at this rate. None for anything else, or in any doubt:
+    no claim of the header is believed that the file does not bear out."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        return None
+    at, form = 12, b""
+    while at + _CHUNK.size <= len(content):
+        kind, size = _CHUNK.unpack_from(content, at)
+        at += _CHUNK.size
+        if kind == b"data":
+            whole = form == _FORMAT.pack(1, 1, rate, 2 * rate, 2, 16) and size and size % 2 == 0
+            alone = content.find(b"data", at + size) < 0
+            return memoryview(content)[at : at + size] if whole and alone and at + size <= len(content) else None
+        if kind == b"fmt " and size == _FORMAT.size and not form:
+            form = content[at : at + size]
+        elif kind not in _SAYS_NOTHING or size < _SHORTEST_SAYING:
+            return None
+        at += size + size % 2
+    return None
 
 
 def _audio(source: Source, whole: int, left: int) -> Steps:

@@ -16,7 +16,7 @@ import structlog
 
 from dispatchers.backends.engine import EngineClient, origin_of, over_socket
 from dispatchers.backends.process import EngineProcess
-from dispatchers.engine.wire import ModelCard, Status
+from dispatchers.engine.wire import NEVER_HEARD, ModelCard, Status
 from dispatchers.errors import BackendUnavailable, DispatchError, EngineLost, UnsupportedOption
 from dispatchers.interface import (
     Capabilities,
@@ -57,7 +57,7 @@ class EngineChild:
         self._folder = Path(tempfile.mkdtemp(prefix="stenogate-engine-"))  # its owner's only
         self._starts = 0
         self._client: EngineClient | None = None  # while the engine is ready
-        self._said = Status(Capabilities(), (), 0, 0, 0.0)  # by the one before
+        self._said = NEVER_HEARD  # by the one before
         self._ready = asyncio.Event()
         self._ended = self._began = time.monotonic()
         self._warm_s = 0.0
@@ -127,8 +127,8 @@ class EngineChild:
     async def tell_figures(self) -> None:
         """Fetches the engine's numbers for this process' metrics. An engine that does not answer leaves its last."""
         if self._client is not None:
-            with suppress(DispatchError):
-                ENGINE_FIGURES.told = await self._client.figures()
+            with suppress(DispatchError, ValueError):
+                ENGINE_FIGURES.tell({"": await self._client.figures()})
 
     async def aclose(self) -> None:
         """Ends the engine, once what runs in it has ended or a few seconds have gone by."""
@@ -137,7 +137,7 @@ class EngineChild:
             await asyncio.wait({self._supervising})
         await self._process.end()
         await self._farewell()
-        ENGINE_FIGURES.told = None
+        ENGINE_FIGURES.tell(None)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # --- its life ---

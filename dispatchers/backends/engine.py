@@ -6,18 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import aiohttp
 import httpx
 import structlog
 
+from dispatchers.backends.transport import AiohttpTransport
 from dispatchers.engine import wire
 from dispatchers.engine.wire import ModelCard, Status
 from dispatchers.errors import (
+    BackendError,
     BackendFailed,
     BackendRefused,
     BackendTimeout,
     BackendUnavailable,
+    BadAnswer,
+    CredentialRefused,
     EngineLost,
     UnknownModel,
     UnsupportedOption,
@@ -39,16 +45,20 @@ log = structlog.get_logger()
 
 SILENT_S = 3 * wire.HEARTBEAT_S
 PATIENCE = httpx.Timeout(SILENT_S, connect=5.0)
-POOL = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
+KEPT_S = 30.0
+"""A connection without use is kept for so long, which is less than the engine keeps it."""
 AT_ONCE = 1024 * 1024
 """Bytes of audio sent in one piece."""
+MOST_SAID = 16 * 1024 * 1024
+"""Bytes of a line, or of what an engine says of itself: ten hours of text are less than 1 MiB."""
 BUSY_S, IDLE_S = 0.25, 5.0
 """How old its status may be while something is asked of the engine, and while nothing is."""
 
 
 def over_socket(path: Path) -> httpx.AsyncClient:
     """A client for the engine that listens there."""
-    transport = httpx.AsyncHTTPTransport(uds=str(path), limits=POOL)
+    connector = partial(aiohttp.UnixConnector, path=str(path))
+    transport = AiohttpTransport(connections=0, idle_s=KEPT_S, connector=connector)
     return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=PATIENCE, trust_env=False)
 
 
@@ -59,7 +69,7 @@ class EngineClient:
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
-        self._status = Status(Capabilities(), (), 0, 0, 0.0)
+        self._status = wire.NEVER_HEARD
         self._asking = 0
 
     @property
@@ -103,12 +113,11 @@ class EngineClient:
 
     async def refresh(self) -> None:
         """Asks the engine how it is. Raises a `BackendError`."""
-        async with self._answer("GET", wire.STATUS) as answer:
-            body = await answer.aread()
+        body = await self._told(wire.STATUS)
         try:
             self._status = wire.load_status(body)
         except ValueError:
-            raise BackendFailed("The engine's status cannot be read.") from None
+            raise BadAnswer("The engine's status cannot be read.") from None
 
     async def watch(self) -> None:
         """Keeps the status fresh, until cancelled."""
@@ -120,17 +129,25 @@ class EngineClient:
                 age_s = 0.0
                 try:
                     await self.refresh()
-                except (BackendFailed, BackendUnavailable, BackendTimeout, BackendRefused) as error:
+                except BackendError as error:
                     log.warning("engine.silent", error=error.message)
 
     async def figures(self) -> str:
         """Its numbers in Prometheus' text format. Raises a `BackendError`."""
-        async with self._answer("GET", wire.FIGURES) as answer:
-            return (await answer.aread()).decode()
+        return (await self._told(wire.FIGURES)).decode(errors="replace")
 
     async def aclose(self) -> None:
         """Closes the connections."""
         await self._http.aclose()
+
+    async def _told(self, path: str) -> bytes:
+        said = b""
+        async with self._answer("GET", path) as answer:
+            async for chunk in answer.aiter_bytes():
+                said += chunk
+                if len(said) > MOST_SAID:
+                    raise BadAnswer("The engine says too much of itself.")
+        return said
 
     @asynccontextmanager
     async def _answer(
@@ -145,6 +162,8 @@ class EngineClient:
                 yield answer
         except httpx.TimeoutException as error:
             raise BackendTimeout from error
+        except httpx.DecodingError:
+            raise BadAnswer("The engine's answer cannot be read.") from None
         except httpx.TransportError as error:
             raise EngineLost from error
         finally:
@@ -159,9 +178,14 @@ def origin_of(models: tuple[ModelCard, ...], name: str) -> Origin:
     raise UnknownModel(param="model")
 
 
-def _refusal(status: int) -> BackendFailed | BackendUnavailable | BackendRefused:
+def _refusal(status: int) -> BackendError:
     if status == httpx.codes.SERVICE_UNAVAILABLE:
         return BackendUnavailable("The engine is not ready.", retry_after_s=5)
+    if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        return CredentialRefused(
+            f"The engine does not accept the token it was sent (HTTP {status}). Set STENOGATE_ENGINE_TOKEN to the same"
+            " value for gateways and engines."
+        )
     if status < httpx.codes.INTERNAL_SERVER_ERROR:
         return BackendRefused(f"The engine refused the request (HTTP {status}).")
     return BackendFailed()
@@ -176,12 +200,14 @@ async def _pieces(options: Options, audio: Samples) -> AsyncIterator[bytes]:
 
 
 async def _lines(answer: httpx.Response) -> AsyncIterator[wire.Line]:
-    """The answer's lines. Raises `BackendFailed` for one that cannot be read."""
+    """The answer's lines. Raises `BadAnswer` for one that cannot be read."""
     rest = b""
     async for chunk in answer.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MOST_SAID:
+            raise BadAnswer("The engine's answer has no end.")
         for line in filter(None, lines):
             try:
                 yield wire.load_line(line)
             except ValueError:  # its text quotes what was said
-                raise BackendFailed("The engine's answer cannot be read.") from None
+                raise BadAnswer("The engine's answer cannot be read.") from None

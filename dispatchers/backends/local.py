@@ -1,4 +1,4 @@
-"""The engine inside this process: models by name, loaded when they are needed, each behind its own scheduler."""
+"""The engine inside this process: a dispatcher over the models on its shelf."""
 
 from __future__ import annotations
 
@@ -7,22 +7,14 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 from dispatchers.engine.interface import Engine, Recognised
-from dispatchers.engine.models import KNOWN, MICRO, ModelSpec, fetch, is_cached
-from dispatchers.engine.scheduler import Scheduler, Seat
-from dispatchers.engine.wire import ModelCard, ModelStatus
-from dispatchers.errors import (
-    BackendFailed,
-    BackendTimeout,
-    BackendUnavailable,
-    DispatchError,
-    Overloaded,
-    UnknownModel,
-    UnsupportedOption,
-)
+from dispatchers.engine.models import ModelSpec
+from dispatchers.engine.scheduler import Seat
+from dispatchers.engine.shelf import Load, Loaded, Shelf, load_engine
+from dispatchers.engine.wire import ModelCard
+from dispatchers.errors import BackendFailed, BackendTimeout, DispatchError, UnsupportedOption
 from dispatchers.interface import (
     Capabilities,
     Event,
@@ -44,52 +36,14 @@ _PATIENCE_S = 60.0
 _SLOWEST = 20.0
 """A transcription may take a minute and twenty times as long as its audio before it counts as hung."""
 
-Load = Callable[[ModelSpec], Engine]
-
-
-@dataclass(slots=True)
-class _Loaded:
-    engine: Engine
-    scheduler: Scheduler
-    in_use: int = 0
-
-
-def load_engine(
-    spec: ModelSpec,
-    *,
-    workers: int,
-    device: str = "auto",
-    compute_type: str = "default",
-    cache_dir: Path | None = None,
-    shortest_window: int | None = None,
-    batch_limit: int | None = None,
-) -> Engine:
-    """The model, loaded with `workers` cores to use, downloaded first if it must be. Blocks.
-
-    Raises `BackendUnavailable`."""
-    if spec.engine == "pocketsphinx":
-        from dispatchers.engine.sphinx import SphinxEngine
-
-        return SphinxEngine(workers, spec)
-    from dispatchers.engine.whisper import WhisperEngine
-
-    return WhisperEngine(
-        spec,
-        fetch(spec, cache_dir),
-        device=device,
-        compute_type=compute_type,
-        cores=workers,
-        shortest_window=shortest_window,
-        batch_limit=batch_limit,
-    )
-
 
 class LocalBackend:
     """A batch dispatcher over the engines of this process.
 
     `workers` is the number of cores to use; `queue_limit` bounds what waits for a model, for each urgency;
     `batch_limit` is how many short pieces a Whisper model takes in one go, None going by the device. At most
-    `max_loaded` models stay in memory: the default always, of the others those used last. Use from one event loop.
+    `max_loaded` models stay in memory, and none but the default that nobody has asked for `idle_s` (0: for ever). Use
+    from one event loop.
     """
 
     def __init__(
@@ -104,14 +58,11 @@ class LocalBackend:
         batch_limit: int | None = None,
         queue_limit: int = 256,
         max_loaded: int = 3,
+        idle_s: float = 0.0,
         load: Load | None = None,
     ) -> None:
-        self._default = default
-        self._cache_dir = cache_dir
-        self._queue_limit = queue_limit
-        self._max_loaded = max_loaded
-        self._load = load or (
-            lambda spec: load_engine(
+        def really(spec: ModelSpec) -> Engine:
+            return load_engine(
                 spec,
                 workers=workers,
                 device=device,
@@ -119,79 +70,86 @@ class LocalBackend:
                 cache_dir=cache_dir,
                 shortest_window=shortest_window,
                 batch_limit=batch_limit,
+                told=lambda percent: self._shelf.downloads.update({spec.name: percent}),
             )
+
+        self._shelf = Shelf(
+            default, load or really, cache_dir=cache_dir, queue_limit=queue_limit, most=max_loaded, idle_s=idle_s
         )
-        self._specs = {default.name: default}
-        self._specs.setdefault(MICRO.name, MICRO)
-        self._loaded: dict[str, _Loaded] = {}  # least recently used first
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        self._unloads: set[asyncio.Task[None]] = set()
-        self._failed: set[str] = set()
-        self._closed = False
 
     @property
     def capabilities(self) -> Capabilities:
         """What the default model can do; another's limits are told when it is asked for."""
+        default = self._shelf.default
         return Capabilities(
             words=True,
-            translate=self._default.translate,
-            prompt=self._default.engine == "faster-whisper",
+            translate=default.translate,
+            prompt=default.engine == "faster-whisper",
             latest_wins=True,
-            languages=self._default.languages,
-            models=tuple(self._specs),
+            languages=default.languages,
+            models=self._shelf.names,
         )
+
+    @property
+    def ready(self) -> bool:
+        """Whether the default model is loaded."""
+        return self._shelf.ready
 
     @property
     def waiting(self) -> int:
         """Transcriptions in the queues."""
-        return sum(loaded.scheduler.waiting for loaded in self._loaded.values())
+        return sum(loaded.scheduler.waiting for loaded in self._shelf.loaded)
 
     @property
     def running(self) -> int:
         """Transcriptions being worked on."""
-        return sum(loaded.scheduler.running for loaded in self._loaded.values())
+        return sum(loaded.scheduler.running for loaded in self._shelf.loaded)
 
     @property
     def wait_s(self) -> float:
         """About how long live work that came now would wait, for the model that is busiest."""
-        return max((loaded.scheduler.wait_s for loaded in self._loaded.values()), default=0.0)
+        return max((loaded.scheduler.wait_s for loaded in self._shelf.loaded), default=0.0)
+
+    @property
+    def pace_s(self) -> float:
+        """By about how much each piece of live work that comes makes that longer, for the model that is slowest."""
+        return max((loaded.scheduler.pace_s for loaded in self._shelf.loaded), default=0.0)
 
     @property
     def workers(self) -> int:
         """How many transcriptions the loaded models can work on at once."""
-        return sum(loaded.scheduler.workers for loaded in self._loaded.values())
+        return sum(loaded.scheduler.workers for loaded in self._shelf.loaded)
 
     def catalogue(self) -> tuple[ModelCard, ...]:
-        """The models this backend answers to, the default first."""
-        return tuple(
-            ModelCard(spec.name, spec.engine, spec.name == self._default.name, self._status(spec))
-            for spec in self._specs.values()
-        )
+        """The models this backend answers to, and those on their way; the default first."""
+        return self._shelf.catalogue()
 
     async def warm(self) -> None:
         """Finds out which models are on this machine, and loads the default.
 
         Raises `BackendUnavailable`."""
-        await self._look()
-        await self._get(self._default)
+        await self._shelf.look()
+        await self._shelf.get(self._shelf.default)
+
+    def load(self, model: str) -> None:
+        """See `Shelf.load`."""
+        self._shelf.load(model)
+
+    async def unload(self, model: str) -> None:
+        """See `Shelf.unload`."""
+        await self._shelf.unload(model)
 
     def origin(self, model: str) -> Origin:
         """See `Dispatcher.origin`. Raises `UnknownModel`."""
-        spec = self._specs.get(model or self._default.name)
-        if spec is None:
-            raise UnknownModel(param="model")
+        spec = self._shelf.spec(model)
         return Origin(backend="self_hosted", engine=spec.engine, model=spec.name)
 
     async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
         """See `Dispatcher.transcribe`. Raises `UnknownModel`, `UnsupportedOption`, or a `BackendError`."""
-        spec = await self._spec(options.model)
+        spec = await self._shelf.find(options.model)
         spec.check(options)
-        loaded = await self._get(spec)
-        loaded.in_use += 1
-        try:
+        async with self._shelf.lent(spec) as loaded:
             return await self._run(loaded, audio, options, heard)
-        finally:
-            loaded.in_use -= 1
 
     def stream(
         self, audio: AsyncIterator[StreamInput], options: Options
@@ -201,13 +159,9 @@ class LocalBackend:
 
     async def aclose(self) -> None:
         """Ends the threads and processes, once what runs in them has ended."""
-        self._closed = True
-        await asyncio.gather(*self._loads.values(), *self._unloads, return_exceptions=True)
-        while self._loaded:
-            _, loaded = self._loaded.popitem()
-            await _unload(loaded)
+        await self._shelf.aclose()
 
-    async def _run(self, loaded: _Loaded, audio: Samples, options: Options, heard: Heard) -> Transcript:
+    async def _run(self, loaded: Loaded, audio: Samples, options: Options, heard: Heard) -> Transcript:
         loop, abandoned, segments = asyncio.get_running_loop(), threading.Event(), list[Segment]()
         duration_ms = to_ms(len(audio))
 
@@ -249,83 +203,7 @@ class LocalBackend:
         origin = self.origin(loaded.engine.spec.name)
         return Transcript(result.text, result.language, duration_ms, tuple(segments), origin, options.task)
 
-    async def _spec(self, name: str) -> ModelSpec:
-        """Raises `UnknownModel`. A model may have been downloaded since the last look, so a known name gets another."""
-        name = name or self._default.name
-        if name not in self._specs and name in KNOWN:
-            await self._look()
-        if name not in self._specs:
-            raise UnknownModel(param="model")
-        return self._specs[name]
-
-    async def _look(self) -> None:
-        def present() -> list[ModelSpec]:
-            return [spec for spec in KNOWN.values() if is_cached(spec, self._cache_dir)]
-
-        for spec in await asyncio.to_thread(present):
-            self._specs.setdefault(spec.name, spec)
-
-    async def _get(self, spec: ModelSpec) -> _Loaded:
-        """The loaded model. Who waits for a load may give up; the load goes on for the others."""
-        while spec.name not in self._loaded:
-            if self._closed:
-                raise BackendUnavailable
-            if spec.name not in self._loads:
-                self._make_room()
-                task = asyncio.create_task(self._open(spec))
-                self._loads[spec.name] = task
-                task.add_done_callback(lambda done: self._opened(spec.name, done))
-            await asyncio.shield(self._loads[spec.name])
-        loaded = self._loaded.pop(spec.name)
-        self._loaded[spec.name] = loaded
-        return loaded
-
-    async def _open(self, spec: ModelSpec) -> None:
-        try:
-            engine = await asyncio.to_thread(self._load, spec)
-        except DispatchError:
-            raise
-        except Exception as error:
-            kind = type(error).__name__
-            raise BackendUnavailable(f"The model {spec.name} cannot be loaded ({kind}: {error}).") from error
-        scheduler = Scheduler(engine.workers, self._queue_limit, batch_limit=engine.batch_limit, measured=True)
-        self._loaded[spec.name] = _Loaded(engine, scheduler)
-
-    def _opened(self, name: str, task: asyncio.Task[None]) -> None:
-        del self._loads[name]
-        self._failed.discard(name)
-        if not task.cancelled() and task.exception() is not None:
-            self._failed.add(name)
-            _log.error("the model %s cannot be loaded: %s", name, task.exception())
-
-    def _make_room(self) -> None:
-        """Lets the model go that was idle longest. Raises `Overloaded` when every one is at work."""
-        if len(self._loaded) + len(self._loads) < self._max_loaded:
-            return
-        for name, loaded in self._loaded.items():
-            if name != self._default.name and loaded.in_use == 0:
-                del self._loaded[name]
-                unload = asyncio.create_task(_unload(loaded))
-                self._unloads.add(unload)
-                unload.add_done_callback(self._unloads.discard)
-                return
-        raise Overloaded("Too many models are at work. Try again in a few seconds.", retry_after_s=5)
-
-    def _status(self, spec: ModelSpec) -> ModelStatus:
-        if spec.name in self._loaded:
-            return "ready"
-        if spec.name in self._loads:
-            return "loading"
-        if spec.name in self._failed:
-            return "failed"
-        return "available" if spec.name in (MICRO.name, "pocketsphinx") else "cached"
-
 
 def _call(loop: asyncio.AbstractEventLoop, tell: Callable[[Segment], None], segment: Segment) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(tell, segment)
-
-
-async def _unload(loaded: _Loaded) -> None:
-    await loaded.scheduler.aclose()
-    await asyncio.to_thread(loaded.engine.close)

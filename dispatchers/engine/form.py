@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -16,6 +17,8 @@ from dispatchers.errors import OptionError, UnsupportedOption
 from dispatchers.formats import FORMATS
 from dispatchers.interface import Options
 from dispatchers.languages import NAMES
+
+Task: TypeAlias = Literal["transcribe", "translate"]
 
 STREAMED = ("json", "text")
 GRANULARITIES = ("word", "segment")
@@ -75,8 +78,9 @@ class _Form(MultiPartParser):
             raise HTTPException(400, "The multipart body breaks off before its end.")
 
 
-def read(items: Iterable[tuple[str, str | UploadFile]]) -> tuple[Asked, UploadFile]:
-    """The request and its recording. Fields that are not known are ignored, as OpenAI's own come and go.
+def read(items: Iterable[tuple[str, str | UploadFile]], task: Task) -> tuple[Asked, UploadFile]:
+    """The request and its recording. Fields that are not known are ignored, as OpenAI's own come and go. `language` is
+    that of the recording, also where a translation is asked for.
 
     Raises `OptionError` or `UnsupportedOption`, each naming its `param`.
     """
@@ -89,10 +93,10 @@ def read(items: Iterable[tuple[str, str | UploadFile]]) -> tuple[Asked, UploadFi
             upload = value
     if upload is None:
         raise OptionError("The form has no part named `file`. Send the recording in it.", param="file")
-    return _asked(fields), upload
+    return _asked(fields, task), upload
 
 
-def _asked(fields: dict[str, list[str]]) -> Asked:
+def _asked(fields: dict[str, list[str]], task: Task) -> Asked:
     response_format = _choice(fields, "response_format", FORMATS)
     stream = _choice(fields, "stream", ("false", "true")) == "true"
     if stream and response_format not in STREAMED:
@@ -107,6 +111,7 @@ def _asked(fields: dict[str, list[str]]) -> Asked:
     words = "word" in granularities
     options = Options(
         model=_text(fields, "model"),
+        task=task,
         language=_language(_text(fields, "language")),
         prompt=_text(fields, "prompt") or None,
         temperature=_temperature(_text(fields, "temperature")),

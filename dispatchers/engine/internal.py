@@ -42,9 +42,6 @@ def internal_routes(open_to: Callable[[Request], LocalBackend], most: int) -> li
         options, samples = await _received(request.stream(), most)
         return _Answer(backend, samples, options)
 
-    async def status(request: Request) -> Response:
-        return Response(wire.dump_status(status_of(open_to(request))), media_type="application/json")
-
     async def figures(request: Request) -> Response:
         open_to(request)
         body, media_type = exposition(ENGINE)
@@ -52,14 +49,49 @@ def internal_routes(open_to: Callable[[Request], LocalBackend], most: int) -> li
 
     return [
         Route(wire.RECOGNISE, recognise, methods=["POST"]),
-        Route(wire.STATUS, status),
         Route(wire.FIGURES, figures),
+    ]
+
+
+def model_routes(open_to: Callable[[Request], LocalBackend]) -> list[Route]:
+    """How the engine and its models are, and models loaded and unloaded; over the backend that `open_to` gives, whose
+    default may still be loading. Each answers with the status."""
+
+    def told(backend: LocalBackend, code: int = 200) -> Response:
+        return Response(wire.dump_status(status_of(backend)), code, media_type="application/json")
+
+    async def status(request: Request) -> Response:
+        return told(open_to(request))
+
+    async def load(request: Request) -> Response:
+        backend = open_to(request)
+        backend.load(request.path_params["model"])
+        return told(backend, 202)
+
+    async def unload(request: Request) -> Response:
+        backend = open_to(request)
+        await backend.unload(request.path_params["model"])
+        return told(backend)
+
+    one = wire.MODELS + "/{model:path}"
+    return [
+        Route(wire.STATUS, status),
+        Route(one, load, methods=["PUT"]),
+        Route(one, unload, methods=["DELETE"]),
     ]
 
 
 def status_of(backend: LocalBackend) -> Status:
     """The backend at this moment."""
-    return Status(backend.capabilities, backend.catalogue(), backend.waiting, backend.running, backend.wait_s)
+    return Status(
+        backend.capabilities,
+        backend.catalogue(),
+        backend.waiting,
+        backend.running,
+        backend.wait_s,
+        backend.pace_s,
+        backend.ready,
+    )
 
 
 async def _received(body: AsyncIterator[bytes], most: int) -> tuple[Options, Samples]:

@@ -6,13 +6,13 @@ Nothing here loads a model. What touches disk or network blocks and belongs in a
 from __future__ import annotations
 
 import importlib.util
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
+from dispatchers.engine.download import download
+from dispatchers.engine.further import further_models, recognisers
 from dispatchers.errors import BackendUnavailable, UnknownModel, UnsupportedOption
 from dispatchers.interface import Options
 
@@ -26,7 +26,7 @@ Probe = Callable[["ModelSpec"], bool]
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model, not loaded.
+    """A model, not loaded. `engine` is faster-whisper, pocketsphinx, or a further one (`dispatchers.engine.further`).
 
     `source` is a folder, or a repository of the Hugging Face hub; pocketsphinx brings its own. `shortest_window` is the
     shortest encoder input, in frames of 10 ms, that the model was shown to be good for: Whisper's training knows 3000
@@ -34,7 +34,7 @@ class ModelSpec:
     """
 
     name: str
-    engine: Literal["faster-whisper", "pocketsphinx"]
+    engine: str
     source: str = ""
     shortest_window: int = STOCK_WINDOW
     condition_on_previous_text: bool = True
@@ -101,22 +101,27 @@ _HUB = {
 KNOWN: dict[str, ModelSpec] = {
     spec.name: spec for spec in (MICRO, POCKETSPHINX, *(_hub(name, repository) for name, repository in _HUB.items()))
 }
-"""Every model with a name of its own: what a request may ask for, where it is available."""
+"""Every model of the engines that ship, by its own name."""
+
+
+def known() -> dict[str, ModelSpec]:
+    """Every model with a name of its own: what a request may ask for, where it is available."""
+    return further_models() | KNOWN
 
 
 def find(name: str) -> ModelSpec:
     """The model an operator means: a known name, a folder with a CTranslate2 Whisper model, or a hub repository.
 
     Raises `UnknownModel`. Never for names from a request, which must not reach the file system."""
-    if name in KNOWN:
-        return KNOWN[name]
+    if name in known():
+        return known()[name]
     if (Path(name) / "model.bin").is_file():
         return ModelSpec(name=Path(name).resolve().name, engine="faster-whisper", source=str(Path(name).resolve()))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
         return ModelSpec(name=name, engine="faster-whisper", source=name)
     raise UnknownModel(
-        f"There is no model {name!r}: neither one of {', '.join(KNOWN)}, nor a folder with a CTranslate2 Whisper model,"
-        " nor owner/name on the Hugging Face hub."
+        f"There is no model {name!r}: neither one of {', '.join(known())}, nor a folder with a CTranslate2 Whisper"
+        " model, nor owner/name on the Hugging Face hub."
     )
 
 
@@ -136,6 +141,8 @@ def is_cached(spec: ModelSpec, cache_dir: Path | None = None) -> bool:
     """Whether the model can be loaded without the network."""
     if spec.engine == "pocketsphinx":
         return importlib.util.find_spec("pocketsphinx") is not None
+    if spec.engine in recognisers():
+        return recognisers()[spec.engine].is_here(spec)
     return folder(spec, cache_dir) is not None
 
 
@@ -161,8 +168,15 @@ def is_downloadable(spec: ModelSpec, *, timeout_s: float = PROBE_S, endpoint: st
     return bool(answered)
 
 
-def fetch(spec: ModelSpec, cache_dir: Path | None = None) -> Path:
-    """The model's folder; downloaded if it is not cached, with a progress bar where standard error is a terminal.
+def fetch(
+    spec: ModelSpec,
+    cache_dir: Path | None = None,
+    told: Callable[[int], None] = lambda _: None,
+    *,
+    endpoint: str | None = None,
+) -> Path:
+    """The model's folder; downloaded if it is not cached (`dispatchers.engine.download`). `told` gets how far that is,
+    in per cent, in any thread.
 
     Raises `BackendUnavailable`."""
     cached = folder(spec, cache_dir)
@@ -170,18 +184,10 @@ def fetch(spec: ModelSpec, cache_dir: Path | None = None) -> Path:
         return cached
     if Path(spec.source).is_absolute():
         raise BackendUnavailable(f"The folder of the model {spec.name} is gone.")
-    from huggingface_hub import snapshot_download
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    class Bar(tqdm):  # type: ignore[misc]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": not sys.stderr.isatty()})
-
     try:
-        path = snapshot_download(spec.source, cache_dir=cache_dir, allow_patterns=list(_FILES), tqdm_class=Bar)
+        return download(spec.source, _FILES, cache_dir, told, endpoint)
     except Exception as error:
         raise BackendUnavailable(_remedy(spec)) from error
-    return Path(path)
 
 
 @dataclass(frozen=True, slots=True)

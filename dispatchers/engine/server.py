@@ -26,8 +26,8 @@ from starlette.types import Receive, Scope, Send
 from dispatchers.audio.decode import spool
 from dispatchers.backends.local import LocalBackend
 from dispatchers.deltas import Deltas
-from dispatchers.engine.form import Asked, read, received
-from dispatchers.engine.internal import internal_routes
+from dispatchers.engine.form import Asked, Task, read, received
+from dispatchers.engine.internal import internal_routes, model_routes
 from dispatchers.engine.scheduler import Scheduler
 from dispatchers.errors import (
     AudioError,
@@ -95,11 +95,13 @@ class EngineServer:
         """The ASGI application. It has no lifespan: whoever serves it calls `load` and `aclose`."""
         routes = [
             Route("/v1/audio/transcriptions", self._transcriptions, methods=["POST"]),
+            Route("/v1/audio/translations", self._translations, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/livez", _livez),
             Route("/readyz", self._readyz),
             Route("/metrics", _metrics),
             *internal_routes(self._for_gateways, self._max_upload_bytes),
+            *model_routes(self._for_operators),
         ]
         handlers: dict[Any, Any] = {
             DispatchError: _refused,
@@ -110,9 +112,15 @@ class EngineServer:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def _transcriptions(self, request: Request) -> Response:
+        return await self._answer(request, "transcribe")
+
+    async def _translations(self, request: Request) -> Response:
+        return await self._answer(request, "translate")
+
+    async def _answer(self, request: Request, task: Task) -> Response:
         self._authorise(request)
         backend = self._loaded()
-        asked, samples = await self._received(request)
+        asked, samples = await self._received(request, task)
         if not asked.stream:
             transcript = await _while_connected(request, backend.transcribe(samples, asked.options))
             body, media_type = render(transcript, asked.response_format, words=asked.words, segments=asked.segments)
@@ -131,8 +139,9 @@ class EngineServer:
                 "owned_by": "stenogate",
                 "engine": card.engine,
                 "status": card.status,
+                **({} if card.progress is None else {"progress": card.progress}),
             }
-            for card in self._loaded().catalogue()
+            for card in self._built().catalogue()
         ]
         return JSONResponse({"object": "list", "data": entries})
 
@@ -149,20 +158,29 @@ class EngineServer:
         if scheme.lower() != "bearer" or not compare_digest(given.strip().encode(), self._token.encode()):
             raise HTTPException(401, "The token was not accepted.", {"www-authenticate": "Bearer"})
 
-    def _loaded(self) -> LocalBackend:
-        if self._backend is None or not self._ready:
-            raise BackendUnavailable("The model is still being loaded. Try again shortly.", retry_after_s=5)
+    def _built(self) -> LocalBackend:
+        if self._backend is None:
+            raise BackendUnavailable("The engine has just been started. Try again shortly.", retry_after_s=5)
         return self._backend
+
+    def _loaded(self) -> LocalBackend:
+        if not self._ready:
+            raise BackendUnavailable("The model is still being loaded. Try again shortly.", retry_after_s=5)
+        return self._built()
 
     def _for_gateways(self, request: Request) -> LocalBackend:
         self._authorise(request)
         return self._loaded()
 
-    async def _received(self, request: Request) -> tuple[Asked, Samples]:
+    def _for_operators(self, request: Request) -> LocalBackend:
+        self._authorise(request)
+        return self._built()
+
+    async def _received(self, request: Request, task: Task) -> tuple[Asked, Samples]:
         """What is asked, and of which audio. The samples are mapped, so that hours of them cost no memory."""
         form = await received(request, self._max_upload_bytes)
         try:
-            asked, upload = read(form.multi_items())
+            asked, upload = read(form.multi_items(), task)
             return asked, await _while_connected(request, self._decoder.run(_decoded, upload.file))
         finally:
             await form.close()

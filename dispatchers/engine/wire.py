@@ -21,12 +21,14 @@ from dispatchers.errors import (
     BackendRefused,
     BackendTimeout,
     BackendUnavailable,
+    CredentialRefused,
     DispatchError,
     EmptyAudio,
     NotAudio,
     OptionError,
     Overloaded,
     Superseded,
+    Throttled,
     UnknownModel,
     UnsupportedAudio,
     UnsupportedOption,
@@ -37,11 +39,12 @@ from runtime.errors import StenogateError
 RECOGNISE = "/internal/v1/recognise"
 STATUS = "/internal/v1/status"
 FIGURES = "/internal/v1/figures"
+MODELS = "/internal/v1/models"
 HEARTBEAT_S = 10.0
 END_S = 5.0
 """A child whose parent is gone is gone after so long, whatever it was at."""
 
-ModelStatus = Literal["available", "cached", "loading", "ready", "failed"]
+ModelStatus = Literal["available", "cached", "downloading", "loading", "ready", "failed"]
 
 _ERRORS: dict[str, type[DispatchError]] = {
     kind.code: kind
@@ -49,30 +52,40 @@ _ERRORS: dict[str, type[DispatchError]] = {
         *(EmptyAudio, NotAudio, AudioTooShort, AudioTooLong, UnsupportedAudio),
         *(OptionError, UnknownModel, UnsupportedOption),
         *(BackendUnavailable, BackendTimeout, BackendFailed, Overloaded, Superseded, BackendRefused),
+        *(Throttled, CredentialRefused),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A model that an engine answers to. `available`: shipped or installed; `cached`: downloaded; neither loaded."""
+    """A model that an engine answers to. `available`: shipped or installed; `cached`: downloaded; neither loaded.
+    `progress`: how much of it is downloaded, in per cent, while it is."""
 
     name: str
     engine: str
     default: bool
     status: ModelStatus
+    progress: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
     """An engine at this moment: its models, the default first; what stands in its queues and runs; how long live work
-    that came now would wait."""
+    that came now would wait, and by how much each piece that comes makes it longer. `ready`: its default model is
+    loaded."""
 
     capabilities: Capabilities
     models: tuple[ModelCard, ...]
     waiting: int
     running: int
     wait_s: float
+    pace_s: float = 0.0
+    ready: bool = True
+
+
+NEVER_HEARD = Status(Capabilities(words=True, translate=True, latest_wins=True), (), 0, 0, 0.0, ready=False)
+"""Of an engine that has not answered yet: what ours can do, and no model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from gateway.api.audio import audio_json
 from gateway.api.query import choice, integer, moment
 from gateway.auth import caller_of
 from gateway.state import gateway_of
-from policy import recordings, sessions
+from policy import legs, recordings, sessions
 from policy.errors import NotFound
+from policy.legs import Leg
 from policy.sessions import MAX_LIMIT, Kind, Session
 from runtime.ids import read, show
 
@@ -40,8 +41,20 @@ async def single(request: Request) -> Response:
     async with gateway_of(request).resources.database.tenant(caller.tenant_id) as tx:
         session = await sessions.get(tx, caller.tenant_id, session_id)
         recording = await recordings.get(tx, caller.tenant_id, session_id)
-    more = {"text": session.text, "decision": session.decision.as_json(), "audio": audio_json(recording)}
+        attempts = await legs.listing(tx, caller.tenant_id, session_id)
+    more = {
+        "text": session.text,
+        "decision": session.decision.as_json(),
+        "legs": [_leg_json(leg) for leg in attempts],
+        "audio": audio_json(recording),
+    }
     return JSONResponse(_session_json(session) | more)
+
+
+def _leg_json(leg: Leg) -> dict[str, Any]:
+    """What it cost is the operator's business."""
+    shown = ("backend", "model", "outcome", "start_ms", "audio_ms", "took_ms")
+    return {name: getattr(leg, name) for name in shown}
 
 
 def _session_json(session: Session) -> dict[str, Any]:

@@ -11,11 +11,15 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from runtime.settings import MIB, Settings
+
+if TYPE_CHECKING:
+    from dispatchers.backends.member import Member
 
 ENOUGH_DISK = 500 * MIB
 
@@ -33,7 +37,7 @@ class Finding:
 def examine(settings: Settings, console: Console) -> int:
     """Prints the findings; returns 0 when nothing that is needed is missing."""
     table = Table("part", "", "found", "remedy")
-    findings = [check(settings) for check in CHECKS]
+    findings = [check(settings) for check in CHECKS] + asyncio.run(_engines(settings))
     for finding in findings:
         mark = (
             "[green]✓[/green]" if finding.remedy is None else "[red]✗[/red]" if finding.needed else "[yellow]![/yellow]"
@@ -88,7 +92,35 @@ def _redis(settings: Settings) -> Finding:
     return Finding("Redis", "reachable")
 
 
+async def _engines(settings: Settings) -> list[Finding]:
+    """One for each engine of the pool. None of them is needed: a gateway starts without."""
+    if not settings.engines:
+        return []
+    from dispatchers.backends.pool import EnginePool
+
+    token = settings.engine_token
+    pool = EnginePool(settings.engines, token=None if token is None else token.get_secret_value())
+    try:
+        await pool.start()
+        findings = [_engine(member) for member in pool.members]
+    finally:
+        await pool.aclose()
+    remedy = "check the host's name in STENOGATE_ENGINES"
+    return findings or [Finding("engines", "none: no host has an address", remedy, needed=False)]
+
+
+def _engine(member: Member) -> Finding:
+    part = f"engine {member.label}"
+    if not member.ready:
+        remedy = "see that `stenogate engine` runs there" if member.looked else "check STENOGATE_ENGINES"
+        return Finding(part, member.trouble, remedy, needed=False)
+    models = ", ".join(f"{card.name} {card.status}" for card in member.client.status.models)
+    return Finding(part, f"ready: {models}")
+
+
 def _model(settings: Settings) -> Finding:
+    if settings.engines:
+        return Finding("model", "on the engines")
     if importlib.util.find_spec("faster_whisper") is None:
         return Finding("model", "no engine", "install the `engine-cpu` or `engine-gpu` extra", needed=False)
     from dispatchers.engine.models import resolve

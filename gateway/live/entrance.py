@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
-from dispatchers.errors import Overloaded
+from dispatchers.errors import BackendUnavailable, Overloaded
 from gateway.errors import EdgeError
 from gateway.live.seats import SEATS
 from gateway.state import gateway_of
@@ -22,6 +22,7 @@ from policy.errors import ConcurrencyLimited
 ANY_ORIGIN = "*"
 IPV6_CLIENT_BITS = 64  # what one subscriber is commonly given (RFC 6177): any of its addresses is the same client
 ADDRESS_RETRY_S = 5
+AWAY_RETRY_S = 5
 
 
 class OriginRefused(EdgeError):
@@ -55,7 +56,8 @@ ADDRESSES = Addresses()
 
 @contextmanager
 def let_in(connection: HTTPConnection) -> Iterator[None]:
-    """A place for one live session. Raises `OriginRefused`, `ConcurrencyLimited`, `Overloaded`."""
+    """A place for one live session. Raises `OriginRefused`, `ConcurrencyLimited`, `Overloaded`, `BackendUnavailable`
+    where nothing that is plugged in is up."""
     gateway = gateway_of(connection)
     settings = gateway.settings
     check_origin(connection, settings.origins)
@@ -63,6 +65,8 @@ def let_in(connection: HTTPConnection) -> Iterator[None]:
         ADDRESSES.seat(client_of(connection), settings.max_streams_per_address),
         SEATS.seat(settings.max_streams),
     ):
+        if not gateway.door.up:
+            raise BackendUnavailable(retry_after_s=AWAY_RETRY_S)
         wait_s = gateway.queue_wait_s()
         if wait_s > settings.max_queue_wait_s:
             raise Overloaded(retry_after_s=wait_s)

@@ -6,7 +6,7 @@ whoever cannot (an OpenAI SDK, an event stream) is kept waiting on it, and an SD
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -26,8 +26,9 @@ from gateway.state import Gateway, gateway_of, request_id_of
 from gateway.uploads import received
 from policy.errors import ModelNotFound
 from policy.identity import Caller
+from policy.objections import forbidden
 from policy.policies import PolicyBody
-from policy.resolve import TENANTS_DEFAULT
+from policy.resolve import TENANTS_DEFAULT, Offer
 from runtime.settings import Settings
 from workers.jobs import Job, Upload
 
@@ -97,7 +98,7 @@ class _Asked:
 
 async def _answer(request: Request, task: Task) -> Response:
     gateway = gateway_of(request)
-    caller = await caller_of(request, "transcribe")
+    caller = await caller_of(request, "transcribe", lately=True)
     body = (await gateway.door.policy(caller)).body
     limits = _Limits.of(body, gateway.settings)
     folder = gateway.settings.data_dir / "uploads"
@@ -121,7 +122,7 @@ async def _take(asked: _Asked, upload: Upload, limits: _Limits) -> Samples | Job
         return running
     if not asked.wants_job and upload.size <= limits.inline_bytes:
         try:
-            return await gateway.decoder.load(upload.path, min(limits.inline_ms, limits.file_ms))
+            return await gateway.decoder.load(upload.recording, min(limits.inline_ms, limits.file_ms))
         except AudioTooLong:
             if limits.job_ms <= min(limits.inline_ms, limits.file_ms):
                 raise
@@ -197,7 +198,18 @@ async def _models(request: Request) -> list[dict[str, object]]:
     entries = [_entry(card.name, card.engine, card.status) for card in cards]
     if cards and TENANTS_DEFAULT not in [card.name for card in cards]:
         entries.insert(1, _entry(TENANTS_DEFAULT, cards[0].engine, cards[0].status) | {"alias_of": cards[0].name})
+    entries += _of_relays(gateway.door.offers(caller.tenant_id), body, {str(entry["id"]) for entry in entries})
     return [entry for entry in entries if entry["id"] != SCRIPTED]
+
+
+def _of_relays(offers: Sequence[Offer], body: PolicyBody, known: set[str]) -> Iterator[dict[str, object]]:
+    """Those of relays that the policy lets in. A name that several have stands for the first in the policy's order."""
+    relays = [offer for offer in offers if offer.kind == "relay"]
+    for offer in sorted(relays, key=lambda offer: (body.place(offer.backend) or 0, offer.backend)):
+        for name in offer.models:
+            if name not in known and forbidden(body, offer, name) is None:
+                known.add(name)
+                yield _entry(name, offer.backend, "ready" if offer.up else "failed") | {"owned_by": offer.backend}
 
 
 def _entry(name: str, engine: str, status: str) -> dict[str, object]:

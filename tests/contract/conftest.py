@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,15 @@ from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.deepgram import DeepgramRelay
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.openai import OpenAIRelay, Quirks
+from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
-from dispatchers.engine.models import MICRO
+from dispatchers.engine.further import recognisers
+from dispatchers.engine.models import MICRO, find
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
 from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
+from tests.engines import TOKEN, engine_process
 from tests.providers.deepgram import Said, deepgram_server
 from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
 
@@ -31,6 +35,7 @@ SCRIPT: tuple[Said, ...] = (
 )
 """What is said in `speech`, for recognisers that are not here."""
 
+FURTHER = Path(__file__).parents[1] / "fixtures/further"
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 
 
@@ -71,17 +76,60 @@ def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]
     return hosted
 
 
+class HostedDeepgram(DeepgramRelay):
+    """The same at Deepgram."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
 async def deepgram() -> Dispatcher:
-    server = AsyncExitStack()
-    provider = await server.enter_async_context(deepgram_server(SCRIPT))
-    return attended(DeepgramRelay(provider.account()), server)
+    hosts = AsyncExitStack()
+    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
+    made = HostedDeepgram(server.account())
+    made.hosts = hosts
+    return made
 
 
-def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
-    """The relay, which closes the server that it speaks to with itself."""
-    server.push_async_callback(relay.aclose)
-    relay.aclose = server.aclose  # type: ignore[method-assign]
-    return relay
+@contextmanager
+def installed() -> Iterator[None]:
+    """With the engine of `FURTHER` found by its entry point, as if it had been installed."""
+    sys.path.append(str(FURTHER))
+    recognisers.cache_clear()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(FURTHER))
+        recognisers.cache_clear()
+
+
+async def further() -> Dispatcher:
+    with installed():
+        backend = LocalBackend(find("loudness"), workers=1)
+        await backend.warm()
+        return backend
+
+
+class Engines(EnginePool):
+    """A pool whose engines are started for it, and end with it."""
+
+    def __init__(self, count: int) -> None:
+        self._engines = ExitStack()
+        running = [self._engines.enter_context(engine_process()) for _ in range(count)]
+        super().__init__([engine.url for engine in running], token=TOKEN)
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self._engines.close()
+
+
+async def pool() -> Dispatcher:
+    engines = Engines(2)
+    await engines.start()
+    return engines
 
 
 def streaming(batch: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
@@ -104,11 +152,15 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "child": child,
     "openai": relay("openai", OPENAI),
     "groq": relay("groq", GROQ),
-    "segmenting openai": streaming(relay("openai", OPENAI)),
     "deepgram": deepgram,
+    "segmenting openai": streaming(relay("openai", OPENAI)),
+    "further": further,
+    "pool": pool,
     "segmenting scripted": streaming(scripted),
     "segmenting local": streaming(local),
     "segmenting child": streaming(child),
+    "segmenting further": streaming(further),
+    "segmenting pool": streaming(pool),
     "per channel scripted": per_channel(streaming(scripted)),
     "per channel deepgram": per_channel(deepgram),
 }

@@ -333,6 +333,14 @@ class Unheard(Database):
     async def tenant(self, tenant_id: UUID) -> AsyncIterator[Transaction]:
         async with super().tenant(tenant_id) as tx:
             yield tx
+        self._lose()
+
+    async def once(self, statement: str, *values: object) -> Any:
+        row = await super().once(statement, *values)
+        self._lose()
+        return row
+
+    def _lose(self) -> None:
         if self.lose_next:
             self.lose_next = False
             raise ConnectionResetError

@@ -119,7 +119,7 @@ async def test_it_leaves_nothing_behind() -> None:
     await child.aclose()
     assert not psutil.pid_exists(pid)
     assert not folder.exists()
-    assert telemetry.ENGINE_FIGURES.told is None
+    assert telemetry.ENGINE_FIGURES._told is None
 
 
 async def test_a_stopped_one_is_ended_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

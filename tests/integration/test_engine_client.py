@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dispatchers.audio.decode import load
-from dispatchers.backends.engine import EngineClient
+from dispatchers.backends.engine import MOST_SAID, EngineClient
 from dispatchers.backends.local import LocalBackend
 from dispatchers.engine import wire
 from dispatchers.engine.interface import Recognised
@@ -28,6 +28,8 @@ from dispatchers.errors import (
     BackendRefused,
     BackendTimeout,
     BackendUnavailable,
+    BadAnswer,
+    CredentialRefused,
     EngineLost,
     Overloaded,
     Superseded,
@@ -144,11 +146,25 @@ async def test_fields_of_another_release_do_no_harm() -> None:
     assert wire.load_line(b'{"of_another_release": {}}') == wire.Line()
 
 
+@pytest.mark.parametrize(
+    "body", [b"<html>", b"[]", b"{}", b"x" * (MOST_SAID + 1)], ids=["html", "list", "empty", "long"]
+)
+async def test_a_status_that_is_none(body: bytes) -> None:
+    http = httpx.AsyncClient(
+        transport=httpx.MockTransport(lambda _: httpx.Response(200, content=body)), base_url="http://e"
+    )
+    client = EngineClient(http)
+    with pytest.raises(BadAnswer):
+        await client.refresh()
+    assert not client.status.ready
+    await client.aclose()
+
+
 @pytest.mark.parametrize("sent", [None, "another"])
 async def test_only_its_token_opens_it(local: LocalBackend, sent: str | None) -> None:
     async with client_of(LocalBackend(MICRO, workers=1), token="the token", sent=sent) as shut:
         for asked in (shut.transcribe(CLIP, EN), shut.refresh(), shut.figures()):
-            with pytest.raises(BackendRefused, match="401"):
+            with pytest.raises(CredentialRefused, match="STENOGATE_ENGINE_TOKEN"):
                 await asked
 
 
@@ -289,7 +305,9 @@ async def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
     ("answer", "error"),
     [
         (httpx.Response(200, content=b'{"segment": {"start_ms": 0, "end_ms": 1, "text": "one"}}\n'), EngineLost),
-        (httpx.Response(200, content=b"<html>\n"), BackendFailed),
+        (httpx.Response(200, content=b"<html>\n"), BadAnswer),
+        (httpx.Response(200, content=b"x" * (MOST_SAID + 1)), BadAnswer),
+        (httpx.Response(403), CredentialRefused),
         (httpx.Response(503), BackendUnavailable),
         (httpx.Response(500), BackendFailed),
         (httpx.Response(404), BackendRefused),

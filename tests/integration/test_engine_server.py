@@ -124,6 +124,16 @@ async def test_a_stream_of_deltas_is_the_text(client: AsyncOpenAI) -> None:
     assert "".join(event.delta for event in deltas if event.type == "transcript.text.delta") == done.text
 
 
+@pytest.mark.filterwarnings("ignore:deprecated:DeprecationWarning")  # the client's own
+async def test_a_translation(client: AsyncOpenAI, http: httpx.AsyncClient) -> None:
+    assert (await client.audio.translations.create(file=CLIP, model="micro")).text == SAID
+    found = await client.audio.translations.create(file=CLIP, model="micro", response_format="verbose_json")
+    assert (found.text, found.language) == (SAID, "english")
+    files = {"file": ("clip.wav", CLIP.read_bytes())}
+    refused = await http.post("/v1/audio/translations", data={"model": "pocketsphinx"}, files=files)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "unsupported_option")
+
+
 async def test_models_default_first(client: AsyncOpenAI) -> None:
     models = (await client.models.list()).data
     assert (models[0].id, models[0].object) == ("micro", "model")
@@ -341,6 +351,7 @@ async def test_it_listens_before_it_is_ready(engine: Held, backend: LocalBackend
         loading = asyncio.create_task(server.load())
         assert (await http.get("/livez")).status_code == 200
         assert (await http.get("/readyz")).status_code == 503
+        assert (await http.get("/v1/models")).status_code == 503
         early = await post(http, {})
         assert (early.status_code, early.json()["error"]["code"]) == (503, "backend_unavailable")
         assert early.headers["retry-after"] == "5"

@@ -217,7 +217,8 @@ async def test_a_job_becomes_one_transcript_and_one_charge(
 
 async def test_what_is_no_audio_leaves_nothing_behind(plant: Plant, database: Database) -> None:
     upload = plant.upload(1000)
-    upload.path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(2000))
+    assert isinstance(upload.recording, Path)
+    upload.recording.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(2000))
     with pytest.raises(NotAudio):
         await plant.jobs.submit(plant.caller, Demand("job"), Options(), upload)
     assert plant.blobs_left() == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dispatchers.audio.decode import decode, load, probe, spool
+from dispatchers.audio.decode import decode, load, plain, probe, spool
 from dispatchers.errors import AudioError, AudioTooLong, AudioTooShort, EmptyAudio, NotAudio, UnsupportedAudio
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +92,61 @@ def test_containers(tmp_path: Path, container: str, codec: str, rate: int, layou
 def test_sixteen_kilohertz_pcm_is_exact(file):
     samples = tone(0.5)
     assert np.array_equal(load(file(wav(samples))), samples)
+
+
+@pytest.mark.parametrize("name", [None, "upload"])
+def test_plain_wav_is_read_as_ffmpeg_reads_it(file, name: str | None):
+    whole = wav(tone(0.5))
+    chunk = b"LIST\x05\x00\x00\x00abcde\x00"
+    for content in (whole, whole[:12] + chunk + whole[12:], whole[:36] + chunk + whole[36:], whole + chunk):
+        samples = plain(content)
+        assert samples is not None
+        assert np.array_equal(samples, load(content if name is None else file(content, name)))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"RIFF",
+        wav(tone(0.5))[:-1],
+        wav(tone(0.5))[:-2],
+        wav(tone(0.5))[:40],
+        wav(tone(0.5), rate=8_000),
+        wav(tone(0.5), channels=2),
+        wav(tone(0.5), claim=0),
+        wav(tone(0.5), claim=15_999),
+        wav(tone(0.5), claim=0xFFFFFFFF),
+        wav(tone(0.5)) + b"data\x02\x00\x00\x00ab",
+        wav(tone(0.5)).replace(b"fmt \x10", b"fmt \x12"),
+        wav(tone(0.5)).replace(b"fmt ", b"data"),
+        wav(tone(0.5)).replace(b"fmt ", b"what"),
+        wav(tone(0.5)).replace(b"RIFF", b"RF64"),
+        wav(tone(0.5)).replace(b"\x01\x00\x01\x00", b"\x11\x00\x01\x00"),
+    ],
+)
+def test_a_wav_that_leaves_a_doubt_is_not_plain(content: bytes):
+    assert plain(content) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_damaged_header_is_either_doubted_or_read_as_ffmpeg_reads_it(seed: int):
+    chance = np.random.default_rng(seed)
+    for _ in range(50):
+        content = bytearray(wav(tone(0.2)))
+        for at in chance.integers(0, 48, 1 + seed % 3):
+            content[at] = chance.choice([0, 1, 2, 0x10, 0xFF, content[at] ^ 1, chance.integers(256)])
+        with suppress(AudioError):
+            samples = plain(bytes(content))
+            assert samples is None or np.array_equal(samples, load(bytes(content)))
+
+
+def test_plain_wav_has_limits_too():
+    assert len(plain(wav(tone(0.5)), limit_ms=500)) == RATE // 2
+    with pytest.raises(AudioTooLong):
+        plain(wav(tone(0.5)), limit_ms=499)
+    with pytest.raises(AudioTooShort):
+        plain(wav(tone(0.099)))
 
 
 def test_probe_tells_the_header():

@@ -47,6 +47,16 @@ def test_the_policys_order_is_the_order_tried() -> None:
     assert served(resolve(relay_first, FILE, [OURS, RELAY])) == [("deepgram", "nova"), ("self_hosted", "small")]
 
 
+def test_what_was_never_up_is_down_and_not_without_the_model() -> None:
+    unknown = replace(OURS, models=(), up=False)
+    for demand in (FILE, Demand("stream", model="small")):
+        with pytest.raises(NothingUp) as away:
+            resolve(PolicyBody(), demand, [unknown])
+        assert away.value.retry_after_s
+    with pytest.raises(ModelNotFound):
+        resolve(PolicyBody(), FILE, [replace(unknown, up=True)])
+
+
 def test_a_preference_moves_its_backend_to_the_front() -> None:
     demand = Demand("file", backend_preference="prefer_relay")
     assert served(resolve(BOTH, demand, [OURS, RELAY])) == [("deepgram", "nova"), ("self_hosted", "small")]

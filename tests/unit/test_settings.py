@@ -67,3 +67,25 @@ def test_text_means_what_it_means_in_the_environment() -> None:
 def test_what_is_shown_can_be_sent_again(name: str) -> None:
     shown = overrides.as_json(getattr(Settings(), name))
     overrides.check({name: shown})
+
+
+@pytest.mark.parametrize(
+    ("text", "engines"),
+    [
+        ("", None),
+        (" http://a:8090 , https://b ", ("http://a:8090", "https://b")),
+        ("http://a:1,http://a:1", ("http://a:1",)),
+        ("http://[::1]:8090", ("http://[::1]:8090",)),
+    ],
+)
+def test_engines_are_listed(text: str, engines: tuple[str, ...] | None) -> None:
+    assert Settings(engines=text).engines == engines  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a:8090", "ftp://a", "http://", "http://a/v1", "http://a?x", "http://u:secret@a", "http://a:99999", "http://a:0"],
+)
+def test_what_is_no_engine(text: str) -> None:
+    with pytest.raises(ValidationError, match="engine"):
+        Settings(engines=text)  # type: ignore[arg-type]

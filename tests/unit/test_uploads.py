@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from dispatchers.errors import EmptyAudio
 from gateway.errors import BadRequest, StorageFull, TooLarge, UnsupportedMedia, UploadStalled
-from gateway.uploads import BLOCK_BYTES, FIELD_BYTES, FIELDS_MOST, Form, _Spool, received, sweep
+from gateway.uploads import BLOCK_BYTES, FIELD_BYTES, FIELDS_MOST, QUICK_BYTES, Form, _Spool, received, sweep
 from policy.errors import Invalid
 
 FILE = b'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent-Type: audio/wav\r\n\r\nRIFF'
@@ -64,7 +64,8 @@ def left_in(folder: Path) -> list[Path]:
 
 async def read(folder: Path, asked: Request, most: int = 1 << 30) -> tuple[Form, bytes]:
     async with received(asked, folder=folder, most=most, idle_s=5) as form:
-        content = form.upload.path.read_bytes()
+        recording = form.upload.recording
+        content = recording if isinstance(recording, bytes) else recording.read_bytes()
     assert left_in(folder) == []
     return form, content
 
@@ -108,6 +109,17 @@ async def test_a_filename_is_a_name_and_no_path(tmp_path: Path, sent: str, kept:
     part = f'Content-Disposition: form-data; name="file"; filename="{sent}"\r\n\r\nRIFF'.encode()
     form, _ = await read(tmp_path, request([multipart(part)]))
     assert form.upload.filename == kept
+
+
+async def test_a_short_file_never_sees_the_disk(tmp_path: Path) -> None:
+    for size, kind in ((4, bytes), (QUICK_BYTES + 1, bytes), (BLOCK_BYTES, Path)):
+        body = multipart(FILE[:-4] + b"x" * size)
+        asked = request(body[at : at + 65_536] for at in range(0, len(body), 65_536))
+        async with received(asked, folder=tmp_path, most=1 << 30, idle_s=5) as form:
+            assert isinstance(form.upload.recording, kind)
+            assert len(left_in(tmp_path)) == (kind is Path)
+            assert form.upload.size == size
+    assert left_in(tmp_path) == []
 
 
 async def test_the_file_goes_to_disk_as_it_comes(tmp_path: Path) -> None:
