@@ -75,6 +75,14 @@ bench-density: setup ## as many live streams as one core carries, e.g. ARGS="--s
 bench-overhead: setup ## what the gateway adds to a request, e.g. ARGS="--rate 300 --seconds 10"
 	@$(BIN)/python -m tests.benchmarks overhead $(ARGS)
 
+.PHONY: bench-engine
+bench-engine: setup ## engines over HTTP, in batches, and killed under 50 live streams
+	@$(BIN)/python -m tests.benchmarks engine failover $(ARGS)
+
+.PHONY: bench-relay
+bench-relay: setup ## what a request to a provider costs, by the HTTP client
+	@$(BIN)/python -m tests.benchmarks relay
+
 .PHONY: doctor
 doctor: setup ## what is missing on this machine, and the remedy
 	@$(BIN)/stenogate doctor

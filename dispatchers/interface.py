@@ -139,7 +139,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A whole recording as text. `language` is an ISO 639-1 code."""
+    """A whole recording as text. `language` is an ISO 639-1 code, or `und` where nobody says which."""
 
     text: str
     language: str

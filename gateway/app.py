@@ -7,7 +7,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from gateway import docs_page, health
-from gateway.api import admin, audio, config, explain, jobs, sessions, tickets, usage
+from gateway.api import admin, admin_policies, admin_relays, audio, config, explain, jobs, sessions, tickets, usage
 from gateway.middleware import Answered, Identified, nowhere
 from gateway.protocols import native_ws, openai_rest
 from gateway.state import Gateway
@@ -23,6 +23,8 @@ ROUTES: tuple[BaseRoute, ...] = (
     *usage.routes,
     *explain.routes,
     *admin.routes,
+    *admin_relays.routes,
+    *admin_policies.routes,
     *health.routes,
     *docs_page.routes,
 )

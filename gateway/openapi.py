@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dispatchers.formats import FORMATS
+from gateway import openapi_policies, openapi_relays
 from gateway.errors import MEANINGS, MEDIA_TYPE
 from gateway.openapi_paths import PATHS, listed, obj, ref
 
@@ -245,8 +246,9 @@ SCHEMAS: dict[str, Any] = {
     "Decision": obj(
         {
             "object": {"const": "policy.decision"},
-            "policy_version": _INTEGER,
-            "candidates": {"type": "array", "items": ref("Standing")},
+            "policy_version": {**_MAYBE_INTEGER, "description": "Null: of a draft."},
+            "currency": _STRING,
+            "candidates": {"type": "array", "items": ref("Candidate")},
             "refused": {"type": "array", "items": ref("Standing")},
         }
     ),
@@ -287,6 +289,14 @@ SCHEMAS: dict[str, Any] = {
         }
     ),
     "Standing": obj({"backend": _STRING, "model": _STRING, "reason": _STRING}),
+    "Candidate": obj(
+        {
+            "backend": _STRING,
+            "model": _STRING,
+            "reason": _STRING,
+            "price_per_hour": {**_MAYBE_STRING, "description": "What an hour costs the tenant, a decimal number."},
+        }
+    ),
 }
 
 
@@ -301,7 +311,7 @@ def document() -> dict[str, Any]:
             "description": "Speech in, text and bills out: recordings, live streams and jobs.",
         },
         "security": [{"bearer": []}],
-        "paths": PATHS,
+        "paths": PATHS | openapi_relays.PATHS | openapi_policies.PATHS,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "responses": {
@@ -310,7 +320,7 @@ def document() -> dict[str, Any]:
                     "content": {MEDIA_TYPE: {"schema": ref("Problem")}},
                 }
             },
-            "schemas": SCHEMAS,
+            "schemas": SCHEMAS | openapi_relays.SCHEMAS | openapi_policies.SCHEMAS,
         },
         "x-codes": {
             code: {"status": meaning.status, "close": meaning.close, "title": meaning.title}

@@ -238,6 +238,7 @@ PATHS: Json = {
             ],
         )
     },
+    "/v1/policy": {"get": operation("Show the policy", "The tenant's own, in force now.", json_answer("Policy"))},
     "/v1/policy/explain": {
         "post": operation(
             "Explain a decision",

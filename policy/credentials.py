@@ -26,6 +26,9 @@ from runtime.sealing import Sealed, Sealer
 
 log = structlog.get_logger()
 
+_UNREADABLE: set[UUID] = set()
+"""Credentials of which this process has said that they do not open: they are tried every few seconds."""
+
 Status: TypeAlias = Literal["active", "retired"]
 
 SHORTEST, LONGEST = 8, 1024
@@ -61,7 +64,7 @@ class Record:
 
 
 async def opened(tx_system: Transaction, sealer: Sealer) -> tuple[Credential, ...]:
-    """The active credentials of active relays. One that does not open is logged and left out: the others still work."""
+    """The active credentials of active relays. One that does not open is logged, once, and left out."""
     rows = (await tx_system.execute(_OPENABLE)).all()
     return tuple([credential for row in rows if (credential := await _opened(sealer, row)) is not None])
 
@@ -170,6 +173,9 @@ async def _opened(sealer: Sealer, row: Row[Any]) -> Credential | None:
     try:
         key = await sealing.unseal(sealer, _sealed(row), _context(row.relay, row.tenant_id, row.id))
     except Misconfigured as error:
+        if row.id in _UNREADABLE:
+            return None
+        _UNREADABLE.add(row.id)
         shown = show("cred", row.id)
         log.warning(
             "relay_credential.unreadable", credential=shown, prefix=row.prefix, relay=row.relay, why=error.message

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING, NamedTuple
 
 from policy.endpointing import settle
 from policy.errors import Invalid, ModelNotFound, NoPrice, NotAllowed, NothingUp, PolicyError
-from policy.policies import PolicyBody
+from policy.policies import RELAYS, PolicyBody
 from policy.pricing import PriceList, show_nano
 
 if TYPE_CHECKING:
@@ -31,6 +31,15 @@ class Meant(NamedTuple):
 
     model: str
     backend: str | None = None
+
+
+def meaning(policy: PolicyBody, name: str, backends: Set[str]) -> Meant:
+    """What a model's name leads to: itself, or where an alias leads. Of `backend/model`, which a model's name may look
+    like, the former must be one of these backends."""
+    target = policy.target(name)
+    backend, _, model = target.partition("/")
+    pinned = name in policy.aliases and model and backend in backends and backend != RELAYS
+    return Meant(model, backend) if pinned else Meant(target)
 
 
 def check_demand(policy: PolicyBody, demand: Demand) -> None:

@@ -6,8 +6,8 @@ What a relay is called is what policies, decisions, prices and the ledger call i
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from ipaddress import ip_address
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,7 +21,19 @@ from policy.errors import Conflict, Invalid, NotFound
 from runtime.database import Transaction
 from runtime.sealing import Sealer
 
-__all__ = ["Credential", "Record", "Relay", "by_name", "listing", "load", "put", "remove", "used"]
+__all__ = [
+    "Credential",
+    "Record",
+    "Relay",
+    "by_name",
+    "is_name",
+    "listing",
+    "load",
+    "put",
+    "remove",
+    "set_status",
+    "used",
+]
 
 Status: TypeAlias = Literal["active", "disabled"]
 
@@ -30,12 +42,15 @@ RESERVED = ("relay", "local", "scripted")
 LONGEST_URL = 500
 MOST_MODELS = 64
 
+Providers: TypeAlias = Mapping[str, str | None]
+"""Those whose wire we speak, with their own address; None where each operator has another."""
+
 
 @dataclass(frozen=True)
 class Relay:
     """A provider under a name. None means the provider's own: its address, its models (the first is the default).
 
-    `region` is where audio is processed, for policies that say where it may be.
+    `region` is where audio is processed, for policies that say where it may be; some providers have an address for it.
     """
 
     name: str
@@ -79,37 +94,34 @@ async def put(
     tx_system: Transaction,
     relay: Relay,
     *,
-    providers: Collection[str],
+    providers: Providers,
     allow_http: bool,
     actor: str,
     request_id: str | None = None,
 ) -> Record:
-    """Makes the relay what is said here, new or not; `providers` are those whose wire we speak.
+    """Makes the relay what is said here, new or not.
 
     Where a relay with credentials sends them cannot be changed: they were given for that address. Raises `Invalid`,
     `Conflict`.
     """
     check(relay, providers=providers, allow_http=allow_http)
-    before = (await tx_system.execute(_LOCKED, {"name": relay.name})).one_or_none()
+    before = await _locked(tx_system, relay.name)
     if before is not None and (before.provider, before.base_url) != (relay.provider, relay.base_url):
         await _require_no_credentials(tx_system, relay.name, "other provider or address")
-    values = {**vars(relay), "models": None if relay.models is None else list(relay.models), "actor": actor}
-    record = _record((await tx_system.execute(_PUT, values)).one())
-    await audit.record(
-        tx_system,
-        actor=actor,
-        action="relay.put",
-        object=f"relay/{relay.name}",
-        before=None if before is None else vars(_relay(before)),
-        after=vars(record.relay),
-        request_id=request_id,
-    )
-    return record
+    return await _write(tx_system, before, relay, actor=actor, request_id=request_id)
+
+
+async def set_status(tx_system: Transaction, name: str, status: Status, *, actor: str) -> Record:
+    """Puts a relay out of use, with its credentials, or in use again. Raises `NotFound`."""
+    before = await _locked(tx_system, name)
+    if before is None:
+        raise NotFound("There is no such relay.")
+    return await _write(tx_system, before, replace(before, status=status), actor=actor, request_id=None)
 
 
 async def remove(tx_system: Transaction, name: str, *, actor: str, request_id: str | None = None) -> None:
     """Forgets a relay and its retired credentials. Raises `NotFound`; `Conflict` while it has a credential in use."""
-    before = (await tx_system.execute(_LOCKED, {"name": name})).one_or_none()
+    before = await _locked(tx_system, name)
     if before is None:
         raise NotFound("There is no such relay.")
     await _require_no_credentials(tx_system, name, "no relay")
@@ -120,14 +132,19 @@ async def remove(tx_system: Transaction, name: str, *, actor: str, request_id: s
         actor=actor,
         action="relay.remove",
         object=f"relay/{name}",
-        before=vars(_relay(before)),
+        before=vars(before),
         request_id=request_id,
     )
 
 
-def check(relay: Relay, *, providers: Collection[str], allow_http: bool) -> None:
+def is_name(name: str) -> bool:
+    """Whether a relay may be called so."""
+    return re.fullmatch("[a-z][a-z0-9-]{0,62}", name) is not None and name not in RESERVED
+
+
+def check(relay: Relay, *, providers: Providers, allow_http: bool) -> None:
     """Raises `Invalid`, which names the field."""
-    if not re.fullmatch("[a-z][a-z0-9-]{0,62}", relay.name) or relay.name in RESERVED:
+    if not is_name(relay.name):
         raise Invalid(
             "A relay's name is 1 to 63 lower-case letters, digits and hyphens, a letter first; "
             f"{', '.join(RESERVED)} are none.",
@@ -135,10 +152,14 @@ def check(relay: Relay, *, providers: Collection[str], allow_http: bool) -> None
         )
     if relay.provider not in providers:
         raise Invalid(f"A provider is one of {', '.join(sorted(providers))}.", param="provider")
+    if providers[relay.provider] is None:
+        for param in ("base_url", "models"):
+            if getattr(relay, param) is None:
+                raise Invalid(f"`{relay.provider}` has no `{param}` of its own: say which.", param=param)
     if relay.base_url is not None:
         _check_url(relay.base_url, allow_http=allow_http)
-    if relay.region is not None and not re.fullmatch("[a-z][a-z0-9-]{0,31}", relay.region):
-        raise Invalid("A region is 1 to 32 lower-case letters, digits and hyphens, a letter first.", param="region")
+    if relay.region is not None and not re.fullmatch("[a-z0-9][a-z0-9-]{0,62}", relay.region):
+        raise Invalid("A region is 1 to 63 lower-case letters, digits and hyphens.", param="region")
     if relay.models is not None and not _are_models(relay.models):
         raise Invalid(f"Models are 1 to {MOST_MODELS} different names of up to 200 characters.", param="models")
     if relay.status not in get_args(Status):
@@ -174,6 +195,26 @@ def _is_this_machine(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+async def _locked(tx: Transaction, name: str) -> Relay | None:
+    row = (await tx.execute(_LOCKED, {"name": name})).one_or_none()
+    return None if row is None else _relay(row)
+
+
+async def _write(tx: Transaction, before: Relay | None, after: Relay, *, actor: str, request_id: str | None) -> Record:
+    values = {**vars(after), "models": None if after.models is None else list(after.models), "actor": actor}
+    record = _record((await tx.execute(_PUT, values)).one())
+    await audit.record(
+        tx,
+        actor=actor,
+        action="relay.put",
+        object=f"relay/{after.name}",
+        before=None if before is None else vars(before),
+        after=vars(after),
+        request_id=request_id,
+    )
+    return record
 
 
 async def _require_no_credentials(tx: Transaction, name: str, wish: str) -> None:

@@ -11,8 +11,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from policy.errors import Invalid, ModelNotFound, NoPrice, NotAllowed, NothingUp, PolicyError
-from policy.objections import FEATURES, Meant, No, absence, check_allowed, check_demand, cost, forbidden, objection
-from policy.policies import RELAYS, Kind, PolicyBody
+from policy.objections import (
+    FEATURES,
+    Meant,
+    No,
+    absence,
+    check_allowed,
+    check_demand,
+    cost,
+    forbidden,
+    meaning,
+    objection,
+)
+from policy.policies import Kind, PolicyBody
 from policy.pricing import PriceList
 
 __all__ = [
@@ -186,14 +197,11 @@ def _standing(demand: Demand, offer: Offer, *, chosen: bool) -> str:
 
 def _named(policy: PolicyBody, demand: Demand, offers: Sequence[Offer]) -> tuple[Meant | None, Meant | None]:
     """What the caller names, and what the policy names for callers who name nothing."""
-    backends = {*policy.backends, *(offer.backend for offer in offers)} - {RELAYS}
+    backends = {*policy.backends, *(offer.backend for offer in offers)}
 
     def meant(name: str | None) -> Meant | None:
-        if not name or (name == TENANTS_DEFAULT and name not in policy.aliases):
-            return None
-        backend, _, model = policy.target(name).partition("/")
-        pinned = name in policy.aliases and model and backend in backends
-        return Meant(model, backend) if pinned else Meant(policy.target(name))
+        unnamed = not name or (name == TENANTS_DEFAULT and name not in policy.aliases)
+        return None if unnamed or name is None else meaning(policy, name, backends)
 
     return meant(demand.model), meant(policy.default_model)
 

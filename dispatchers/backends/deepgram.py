@@ -5,17 +5,17 @@ https://developers.deepgram.com/reference/speech-to-text-api/listen
 
 from __future__ import annotations
 
-import ssl
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from urllib.parse import urlencode
 
-import httpx
-
 from dispatchers.adapters.outbox import Outbox
-from dispatchers.audio.encode import MEDIA_TYPES, WAV_HEADER_BYTES, encoder
-from dispatchers.backends.deepgram_live import LiveStream
+from dispatchers.audio.encode import MEDIA_TYPES, Form, encoder
+from dispatchers.backends.deepgram_live import PATIENT, LiveStream, Patience
 from dispatchers.backends.deepgram_wire import (
+    LANGUAGES,
     LISTEN,
     Alternative,
     Recorded,
@@ -23,14 +23,14 @@ from dispatchers.backends.deepgram_wire import (
     clean,
     language_of,
     live_query,
-    load_recorded,
     model_of,
     recorded_query,
-    to_ms,
+    sayable,
     words_of,
 )
-from dispatchers.backends.relay import Account, client, understood, whole
+from dispatchers.backends.relay import Account, at_ms, client, parsed, understood, whole
 from dispatchers.deltas import Deltas
+from dispatchers.errors import AudioTooLong
 from dispatchers.interface import (
     Capabilities,
     Event,
@@ -42,38 +42,33 @@ from dispatchers.interface import (
     StreamInput,
     Transcript,
     ignore,
+    to_ms,
 )
-from dispatchers.interface import to_ms as duration_ms
 
 ENGINE = "deepgram"
 BASE_URL = "https://api.deepgram.com"
 EU_BASE_URL = "https://api.eu.deepgram.com"
 MODELS = ("nova-3", "nova-2")
-_LANGUAGES = """
-af ar be bg bn bs ca cs da de el en es et fa fi fr gu he hi hr hu hy id it ja ka kk kn ko lt lv mk mr ms ne nl no pa pl
-pt ro ru sk sl sr sv ta te th tl tr uk ur vi yue zh
-"""
-LANGUAGES = frozenset(_LANGUAGES.split())
-"""What Nova-3 is told to recognise; Nova-2 knows fewer."""
-
 LONGEST_MS = 60 * 60 * 1000
 """Far below Deepgram's own limits (2 GB, 10 min of work): the words of an hour fit in the longest answer we read."""
 
-READ_S = 120.0
+FLAC_FROM_BYTES = 1024 * 1024
+"""A recording above this is packed before it is sent: half the bytes, for 20 ms of a core a minute."""
 _AT_ONCE = 512 * 1024
-"""Samples sent in one piece."""
+"""Samples packed in one go."""
+_LARGE_BYTES = 256 * 1024
+"""An answer above this is read in a thread."""
 _ENDLESS_S = 1e9
 
 
 class DeepgramRelay:
     """One account at Deepgram. Use from one event loop."""
 
-    def __init__(self, account: Account, *, transport: httpx.AsyncBaseTransport | None = None):
+    def __init__(self, account: Account, patience: Patience = PATIENT):
         self._account = account
-        headers = {"Authorization": f"Token {account.key}"}
-        self._http = client(account, headers, read_s=READ_S, transport=transport)
-        secure = account.base_url.startswith("https:")
-        self._tls: ssl.SSLContext | None = httpx.create_ssl_context(trust_env=False) if secure else None
+        self._patience = patience
+        headers = {"authorization": f"Token {account.key}"}
+        self._http = client(account, headers, read_s=patience.recorded_s, connect_s=patience.connect_s)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -91,20 +86,28 @@ class DeepgramRelay:
         return Origin(self._account.backend, ENGINE, model_of(self._account, model))
 
     async def transcribe(self, audio: Samples, options: Options, heard: Heard = ignore) -> Transcript:
-        """See `Dispatcher.transcribe`. Raises `UnknownModel`, `UnsupportedOption`, or a `BackendError`."""
+        """See `Dispatcher.transcribe`. Raises `UnknownModel`, `UnsupportedOption`, `AudioTooLong`, or a
+        `BackendError`."""
+        if to_ms(len(audio)) > LONGEST_MS:
+            raise AudioTooLong(f"{self._account.backend} takes {LONGEST_MS // 60_000} minutes at once.", param="file")
         origin, query = self.origin(options.model), recorded_query(self._account, options)
-        length = WAV_HEADER_BYTES + audio.nbytes
-        headers = {"Content-Type": MEDIA_TYPES["wav"], "Content-Length": str(length)}
-        address = f"{LISTEN}?{urlencode(query)}"
+        form, content = _file(audio)
         async with (
-            understood(self._account),
-            self._http.stream("POST", address, headers=headers, content=_wav(audio)) as answer,
+            understood(self._account, self._patience.recorded_s),
+            self._http.stream(
+                "POST", f"{LISTEN}?{urlencode(query)}", headers={"content-type": MEDIA_TYPES[form]}, content=content
+            ) as answer,
         ):
             body = await whole(self._account, answer)
-        transcript = _transcript(load_recorded(self._account, body), duration_ms(len(audio)), options, origin)
+        read = partial(self._read, body, to_ms(len(audio)), options, origin)
+        transcript = await asyncio.to_thread(read) if len(body) > _LARGE_BYTES else read()
         for segment in transcript.segments:
             heard(segment)
         return transcript
+
+    def _read(self, body: bytes, length_ms: int, options: Options, origin: Origin) -> Transcript:
+        said = parsed(self._account, Recorded, body)
+        return _transcript(said, length_ms, options, origin)
 
     def stream(
         self, audio: AsyncIterator[StreamInput], options: Options
@@ -112,7 +115,7 @@ class DeepgramRelay:
         """See `Dispatcher.stream`. Raises `UnknownModel` and `UnsupportedOption` at once; a `BackendError` comes from
         the iterator, and ends the stream in the middle of its utterance."""
         out = Outbox()
-        stream = LiveStream(self._account, live_query(self._account, options), options, out, self._tls)
+        stream = LiveStream(self._account, live_query(self._account, options), options, out, self._patience)
         return out.filled_by(lambda: stream.run(audio))
 
     async def aclose(self) -> None:
@@ -120,12 +123,19 @@ class DeepgramRelay:
         await self._http.aclose()
 
 
-async def _wav(audio: Samples) -> AsyncIterator[bytes]:
-    """A recording a piece at a time: it may be mapped from a file."""
+def _file(audio: Samples) -> tuple[Form, bytes | AsyncIterator[bytes]]:
+    if audio.nbytes > FLAC_FROM_BYTES:
+        return "flac", _packed(audio)
     wav = encoder("wav", len(audio))
+    return "wav", wav.feed(audio) + wav.end()
+
+
+async def _packed(audio: Samples) -> AsyncIterator[bytes]:
+    """FLAC, a piece at a time: the recording may be mapped from a file."""
+    flac = encoder("flac", len(audio))
     for at in range(0, len(audio), _AT_ONCE):
-        yield wav.feed(audio[at : at + _AT_ONCE])
-    yield wav.end()
+        yield await asyncio.to_thread(flac.feed, audio[at : at + _AT_ONCE])
+    yield await asyncio.to_thread(flac.end)
 
 
 def _transcript(said: Recorded, length_ms: int, options: Options, origin: Origin) -> Transcript:
@@ -135,6 +145,7 @@ def _transcript(said: Recorded, length_ms: int, options: Options, origin: Origin
     text = Deltas()
     for segment in segments:
         text.add(segment.text)
+    sayable(len(text.said), length_ms)
     language = language_of(channel.detected_language, options.language)
     return Transcript(text.said, language, length_ms, segments, origin)
 
@@ -147,11 +158,11 @@ def _as_one(said: Alternative) -> tuple[SaidUtterance, ...]:
 
 def _segments(said: tuple[SaidUtterance, ...], length_ms: int, *, words: bool) -> tuple[Segment, ...]:
     segments: list[Segment] = []
-    at_ms = 0
+    end_ms = 0
     for utterance in said:
         if text := clean(utterance.transcript):
-            start_ms = to_ms(utterance.start, at_ms, length_ms)
-            at_ms = to_ms(utterance.end, start_ms, length_ms)
-            timed = words_of(utterance.words, start_ms, at_ms) if words else ()
-            segments.append(Segment(start_ms, at_ms, text, words=timed))
+            start_ms = at_ms(utterance.start, end_ms, length_ms)
+            end_ms = at_ms(utterance.end, start_ms, length_ms)
+            timed = words_of(utterance.words, start_ms, end_ms) if words else ()
+            segments.append(Segment(start_ms, end_ms, text, words=timed))
     return tuple(segments)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import ssl
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from urllib.parse import urlencode
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -31,6 +32,7 @@ from dispatchers.backends.deepgram_wire import (
     load_message,
 )
 from dispatchers.backends.relay import CONNECT_S, Account, refusal
+from dispatchers.backends.transport import tls
 from dispatchers.errors import BackendError, BackendFailed, BackendTimeout, BackendUnavailable, BadAnswer
 from dispatchers.interface import (
     SAMPLE_RATE,
@@ -46,16 +48,27 @@ from dispatchers.interface import (
     to_ms,
 )
 
-KEEP_ALIVE_S = 4.0
-"""Deepgram leaves after 10 s without a word."""
-SILENT_S = 15.0
-"""For how long nothing may be answered to audio, and nothing taken of it."""
-FINALIZE_S = 2.0
-"""How long a `Finalize` may take. Deepgram does not promise to answer one."""
-DRAIN_S = 120.0
+_quiet = logging.getLogger(__name__)
+_quiet.setLevel(logging.WARNING)  # below that, websockets logs headers and frames
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long Deepgram may take. `recorded_s`: for a recording. Of live streams: `silent_s` to take audio, and to
+    answer any; `finalize_s` to answer a `Finalize`, which it does not promise; `drain_s` for what is left when the
+    audio has ended. It leaves who says nothing for 10 s: we say something after `keep_alive_s`."""
+
+    connect_s: float = CONNECT_S
+    recorded_s: float = 300.0
+    silent_s: float = 15.0
+    finalize_s: float = 2.0
+    drain_s: float = 120.0
+    keep_alive_s: float = 4.0
+
+
+PATIENT = Patience()
 CLOSE_S = 1.0
 PING_S, PONG_S = 10.0, 20.0
-
 MESSAGE_BYTES = 256 * 1024
 _FRAMES_WAITING = 16
 _BITE = SAMPLE_RATE // 4
@@ -69,19 +82,19 @@ _KEEP_ALIVE, _FINALIZE, _CLOSE = (json.dumps({"type": kind}) for kind in ("KeepA
 class LiveStream:
     """One stream. Puts its events into `out`."""
 
-    def __init__(self, account: Account, query: Query, options: Options, out: Outbox, tls: ssl.SSLContext | None):
+    def __init__(self, account: Account, query: Query, options: Options, out: Outbox, patience: Patience):
         self._account = account
         self._address = f"{account.base_url.rstrip('/').replace('http', 'ws', 1)}{LISTEN}?{urlencode(query)}"
-        self._tls = tls
+        self._patience = patience
         self._out = out
         self._utterances = Utterances(options)
         self._telling = asyncio.Lock()
         self._sent = 0  # samples
         self._sent_at = 0.0
-        self._asked_at: float | None = None  # since when an answer is awaited
+        self._unanswered = 0  # samples since the last message
+        self._ended_at: float | None = None
         self._answered = asyncio.Event()  # a `Finalize`
         self._closing: asyncio.Timeout | None = None
-        self._ended = False
         self._loop = asyncio.get_running_loop()
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
@@ -128,21 +141,16 @@ class LiveStream:
                     self._utterances.drop(self._heard_ms)
                     await self._finalize(socket)
                     await self._tell(self._utterances.dropped(self._heard_ms))
-        self._ended = True
-        self._expect_answer()
+        self._ended_at = self._loop.time()
         if self._closing is not None:
-            self._closing.reschedule(self._loop.time() + DRAIN_S)
+            self._closing.reschedule(self._ended_at + self._patience.drain_s)
         await self._send(socket, _CLOSE)
-
-    def _expect_answer(self) -> None:
-        if self._asked_at is None:
-            self._asked_at = self._loop.time()
 
     async def _send_audio(self, socket: ClientConnection, samples: Samples) -> None:
         for at in range(0, len(samples), _BITE):
             bite = samples[at : at + _BITE]
             self._sent += len(bite)
-            self._expect_answer()
+            self._unanswered += len(bite)
             await self._send(socket, bite.astype("<i2", copy=False).tobytes())
 
     async def _finalize(self, socket: ClientConnection) -> None:
@@ -152,17 +160,17 @@ class LiveStream:
         self._answered.clear()
         await self._send(socket, _FINALIZE)
         try:
-            async with asyncio.timeout(FINALIZE_S):
+            async with asyncio.timeout(self._patience.finalize_s):
                 await self._answered.wait()
         except TimeoutError:
             pass
 
     async def _keep_alive(self, socket: ClientConnection) -> None:
         """Words that nothing follows are asked to be made final: Deepgram's clock stands still without audio."""
-        while True:
+        while self._ended_at is None:
             idle_s = self._loop.time() - self._sent_at
-            if idle_s < KEEP_ALIVE_S:
-                await asyncio.sleep(KEEP_ALIVE_S - idle_s)
+            if idle_s < self._patience.keep_alive_s:
+                await asyncio.sleep(self._patience.keep_alive_s - idle_s)
             else:
                 await self._send(socket, _FINALIZE if self._utterances.unsure else _KEEP_ALIVE)
 
@@ -170,7 +178,7 @@ class LiveStream:
         self._sent_at = self._loop.time()
         with self._unbroken():
             try:
-                async with asyncio.timeout(SILENT_S):
+                async with asyncio.timeout(self._patience.silent_s):
                     await socket.send(frame)
             except TimeoutError:
                 raise self._late() from None
@@ -181,26 +189,30 @@ class LiveStream:
         """To the last message."""
         try:
             async with asyncio.timeout(None) as self._closing:
-                while not (isinstance(message := await self._next(socket), Metadata) and self._ended):
+                while not (isinstance(message := await self._next(socket), Metadata) and self._ended_at is not None):
                     await self._heed(message)
         except TimeoutError:
             raise self._late() from None
 
     async def _next(self, socket: ClientConnection) -> Message | None:
-        self._asked_at = None
+        self._unanswered, since = 0, self._loop.time()
         while True:
             try:
                 with self._unbroken():
-                    async with asyncio.timeout(SILENT_S):
+                    async with asyncio.timeout(self._patience.silent_s):
                         frame = await socket.recv()
             except TimeoutError:
-                if self._waiting_s() >= SILENT_S:
+                if self._is_late(since):
                     raise self._late() from None
             else:
                 return load_message(self._account, frame)
 
-    def _waiting_s(self) -> float:
-        return 0.0 if self._asked_at is None else self._loop.time() - self._asked_at
+    def _is_late(self, since: float) -> bool:
+        """Whether more than a little should have been said since then. A few words without a pause after them are
+        answered when there is more audio."""
+        if self._ended_at is not None:
+            return self._loop.time() - max(since, self._ended_at) >= self._patience.silent_s
+        return self._unanswered >= self._patience.silent_s * SAMPLE_RATE
 
     async def _heed(self, message: Message | None) -> None:
         match message:
@@ -233,16 +245,17 @@ class LiveStream:
         try:
             yield socket
         finally:
-            await socket.close()
+            await _close(socket)
 
     async def _connect(self) -> ClientConnection:
         return await _Connect(
             self._address,
             additional_headers={"Authorization": f"Token {self._account.key}"},
-            ssl=self._tls,
+            ssl=tls() if self._address.startswith("wss:") else None,
             proxy=None,
+            logger=_quiet,
             compression=None,  # noise to a compressor
-            open_timeout=CONNECT_S,
+            open_timeout=self._patience.connect_s,
             close_timeout=CLOSE_S,
             ping_interval=PING_S,
             ping_timeout=PONG_S,
@@ -267,6 +280,17 @@ class _Connect(connect):
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         return exc
+
+
+async def _close(socket: ClientConnection) -> None:
+    try:
+        async with asyncio.timeout(CLOSE_S):  # its own does not cover a peer that does not read
+            await socket.close()
+    except TimeoutError:
+        pass
+    finally:
+        socket.transport.abort()
+        await socket.wait_closed()
 
 
 def _broken(account: Account, closed: ConnectionClosed) -> BackendError:

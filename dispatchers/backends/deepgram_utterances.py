@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dispatchers.backends.deepgram_wire import Alternative, Results, clean, language_of, to_ms, words_of
+from dispatchers.backends.deepgram_wire import Alternative, Results, clean, known, language_of, sayable, share, words_of
+from dispatchers.backends.relay import at_ms
 from dispatchers.deltas import Deltas
-from dispatchers.errors import BadAnswer
 from dispatchers.interface import Cleared, Delta, Event, Final, Gap, Options, Partial, SpeechStarted, Word
 
 _SEAM_MS = 20
 """Where two ranges of audio meet, their times may differ by so much."""
-
-_SIGNS_AT_ONCE, _MS_A_SIGN = 1000, 5
-"""Nobody says more than so many code points, and one more each so many ms: eight times as fast as fast speech."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +63,9 @@ class Utterances:
         """Whether words were told that may change."""
         return self._unsure is not None
 
-    def covers(self, at_ms: int) -> bool:
+    def covers(self, until_ms: int) -> bool:
         """Whether what was said before is final."""
-        return self._final_ms >= at_ms - _SEAM_MS
+        return self._final_ms >= until_ms - _SEAM_MS
 
     def results(self, said: Results, heard_ms: int) -> list[Event]:
         """Words, final or not. Raises `BadAnswer` where there are more than anybody could have said."""
@@ -77,7 +74,7 @@ class Utterances:
             self._unsure = None if piece is None else said
             return [] if piece is None else self._suppose(piece)
         self._unsure = None
-        self._final_ms = to_ms(said.start + said.duration, self._final_ms, heard_ms)
+        self._final_ms = at_ms(said.start + said.duration, self._final_ms, heard_ms)
         events = [] if piece is None else self._add(piece)
         if self._is_over(speech_final=said.speech_final):
             events += self._end(self._final_ms)
@@ -85,16 +82,16 @@ class Utterances:
 
     def began(self, timestamp: float, heard_ms: int) -> list[Event]:
         """Speech, of which no word is known yet."""
-        at_ms = to_ms(timestamp, self._floor_ms, heard_ms)
-        if self._open is not None or at_ms < self._over_ms or at_ms >= heard_ms:
+        start_ms = at_ms(timestamp, self._floor_ms, heard_ms)
+        if self._open is not None or start_ms < self._over_ms or start_ms >= heard_ms:
             return []
-        return self._begin(at_ms)[1]
+        return self._begin(start_ms)[1]
 
     def ended(self, last_word_end: float, heard_ms: int) -> list[Event]:
         """No word for long enough. One that is late, or told of words that are not final yet, ends nothing."""
         if self._open is None or (self._unsure is not None and not self._open.pieces):
             return []
-        late = self._open.pieces and to_ms(last_word_end, 0, heard_ms) < self._open.start_ms
+        late = self._open.pieces and at_ms(last_word_end, 0, heard_ms) < self._open.start_ms
         return [] if late else self._end(heard_ms)
 
     def finish(self, heard_ms: int) -> list[Event]:
@@ -156,11 +153,11 @@ class Utterances:
             return lasted_ms >= self._options.vad.silence_ms
         return speech_final or lasted_ms >= self._options.vad.max_utterance_ms
 
-    def _end(self, at_ms: int) -> list[Event]:
+    def _end(self, until_ms: int) -> list[Event]:
         utterance, self._open = self._open, None
         if utterance is None:
             return []
-        self._floor_ms = max(utterance.end_ms if utterance.pieces else at_ms, utterance.start_ms + 1)
+        self._floor_ms = max(utterance.end_ms if utterance.pieces else until_ms, utterance.start_ms + 1)
         return [self._final(utterance, self._floor_ms)]
 
     def _final(self, utterance: _Utterance, end_ms: int) -> Final:
@@ -188,20 +185,18 @@ class Utterances:
         least_ms = self._floor_ms if self._open is None else self._open.end_ms
         if least_ms >= heard_ms:
             return None  # there is no audio that this could be about
-        start_ms = to_ms(said.start, least_ms, heard_ms)
-        end_ms = to_ms(said.start + said.duration, start_ms, heard_ms)
+        start_ms = at_ms(said.start, least_ms, heard_ms)
+        end_ms = at_ms(said.start + said.duration, start_ms, heard_ms)
         words, text = words_of(best.words, start_ms, end_ms), clean(best.transcript)
         if said.start * 1000 < self._over_ms - _SEAM_MS:
             words, text = self._after(words)
         if not text:
             return None
-        if self._signs + len(text) > _SIGNS_AT_ONCE + heard_ms // _MS_A_SIGN:
-            raise BadAnswer("The recogniser says more than can have been said. Try again.")
+        sayable(self._signs + len(text), heard_ms)
         if words:
-            start_ms, end_ms = words[0].start_ms, words[-1].end_ms
+            start_ms, end_ms = words[0].start_ms, max(word.end_ms for word in words)
         start_ms = min(start_ms, heard_ms - 1)
-        sure = min(max(best.confidence, 0.0), 1.0)
-        return _Piece(text, start_ms, max(end_ms, start_ms + 1), words, sure, _languages(best))
+        return _Piece(text, start_ms, max(end_ms, start_ms + 1), words, share(best.confidence), _languages(best))
 
     def _after(self, words: tuple[Word, ...]) -> tuple[tuple[Word, ...], str]:
         """Of words that were said about the audio before and after what is over: those after."""
@@ -216,4 +211,4 @@ class Utterances:
 
 def _languages(said: Alternative) -> tuple[str, ...]:
     tags = [word.language for word in said.words if word.language] or list(said.languages[:1])
-    return tuple(language_of(tag, None) for tag in tags)
+    return tuple(code for tag in tags if (code := known(tag)))

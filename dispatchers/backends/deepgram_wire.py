@@ -6,29 +6,34 @@ sizes, finite numbers. What is not asked for is not looked at.
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Callable
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dispatchers.backends.relay import Account
+from dispatchers.backends.relay import Account, Seconds, at_ms, parsed, plain
 from dispatchers.errors import BadAnswer, UnknownModel, UnsupportedOption
 from dispatchers.interface import SAMPLE_RATE, Options, Word
 from dispatchers.languages import NAMES
 
 LISTEN = "/v1/listen"
-DEFAULT_LANGUAGE = "en"
-"""What Deepgram takes speech for where it is told nothing."""
+_LANGUAGES = """
+af ar be bg bn bs ca cs da de el en es et fa fi fr gu he hi hr hu hy id it ja ka kk kn ko lt lv mk mr ms ne nl no pa pl
+pt ro ru sk sl sr sv ta te th tl tr uk ur vi yue zh
+"""
+LANGUAGES = frozenset(_LANGUAGES.split())
+"""What Nova-3 is told to recognise; Nova-2 knows fewer."""
+
+UNKNOWN_LANGUAGE = "und"
+"""ISO 639-2: nobody said."""
 
 KEYTERMS_MOST = 100
+SIGNS_AT_ONCE, MS_A_SIGN = 1000, 5
 UTTERANCE_END_LEAST_MS = 1000
 _MULTILINGUAL = ("nova-2", "nova-2-general", "nova-3", "nova-3-general")
 _WIRE_CODES = {"yue": "zh-HK"}
 _OUR_CODES = {wire.lower(): ours for ours, wire in _WIRE_CODES.items()}
 
 Query: TypeAlias = list[tuple[str, str]]
-Read = TypeVar("Read")
 
 # --- what is asked ------------------------------------------------------------------------------------------------
 
@@ -80,6 +85,8 @@ def _terms(account: Account, options: Options, model: str) -> Query:
         )
     if options.temperature:
         raise UnsupportedOption(f"{account.backend} knows no temperature but 0.", param="temperature")
+    if options.language is not None and options.language not in LANGUAGES:
+        raise UnsupportedOption(f"{account.backend} does not know this language.", param="language")
     if len(options.hotwords) > KEYTERMS_MOST:
         raise UnsupportedOption(f"{account.backend} takes at most {KEYTERMS_MOST} hotwords.", param="hotwords")
     if model.startswith("nova-3"):
@@ -95,28 +102,28 @@ def _wire_code(language: str) -> str:
 
 
 class _Answered(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(frozen=True)
 
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Text = Annotated[str, Field(max_length=1_000_000)]
-Code = Annotated[str, Field(max_length=35)]
+Share: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Text: TypeAlias = Annotated[str, Field(max_length=1_000_000)]
+Code: TypeAlias = Annotated[str, Field(max_length=35)]
 
 
 class SaidWord(_Answered):
     """A word. Nothing but the word itself and its times is sure to be there."""
 
     word: Annotated[str, Field(max_length=1000)]
-    start: Number
-    end: Number
-    confidence: Number = 0.0
+    start: Seconds
+    end: Seconds
+    confidence: Share = 0.0
     punctuated_word: Annotated[str, Field(max_length=1000)] | None = None
     language: Code | None = None
 
 
 class Alternative(_Answered):
     transcript: Text
-    confidence: Number = 0.0
+    confidence: Share = 0.0
     words: tuple[SaidWord, ...] = ()
     languages: tuple[Code, ...] = ()
 
@@ -127,8 +134,8 @@ class Channel(_Answered):
 
 
 class SaidUtterance(_Answered):
-    start: Number
-    end: Number
+    start: Seconds
+    end: Seconds
     transcript: Text
     words: tuple[SaidWord, ...] = ()
 
@@ -148,8 +155,8 @@ class Results(_Answered):
     """What is heard from `start` on, for so long. `is_final`: it will not change; `speech_final`: a pause follows;
     `from_finalize`: it answers a `Finalize`."""
 
-    start: Number
-    duration: Number
+    start: Seconds
+    duration: Seconds
     is_final: bool = False
     speech_final: bool = False
     from_finalize: bool = False
@@ -157,13 +164,13 @@ class Results(_Answered):
 
 
 class SpeechBegan(_Answered):
-    timestamp: Number
+    timestamp: Seconds
 
 
 class UtteranceEnd(_Answered):
     """A gap after the last final word, which ended there; -1 where there was no word."""
 
-    last_word_end: Number
+    last_word_end: Seconds
 
 
 class Metadata(_Answered):
@@ -189,52 +196,48 @@ class _Kind(_Answered):
     type: Annotated[str, Field(max_length=100)]
 
 
-def load_recorded(account: Account, body: bytes) -> Recorded:
-    """Raises `BadAnswer`."""
-    return _checked(account, lambda: Recorded.model_validate_json(body))
-
-
 def load_message(account: Account, frame: str | bytes) -> Message | None:
     """A message of a stream; None: one of a kind that we need not know. Raises `BadAnswer`."""
-    kind = _checked(account, lambda: _Kind.model_validate_json(frame)).type
-    if kind not in _MESSAGES:
-        return None
-    return _checked(account, lambda: _MESSAGES[kind].model_validate_json(frame))
-
-
-def _checked(account: Account, read: Callable[[], Read]) -> Read:
-    try:
-        return read()
-    except ValueError:  # its text quotes what was said
-        raise BadAnswer(f"The answer of {account.backend} cannot be read.") from None
+    kind = _MESSAGES.get(parsed(account, _Kind, frame).type)
+    return None if kind is None else parsed(account, kind, frame)
 
 
 # --- in our words -------------------------------------------------------------------------------------------------
 
 
 def clean(text: str) -> str:
-    """Without control characters; single spaces between words and none around them."""
-    return " ".join("".join(sign if unicodedata.category(sign) != "Cc" else " " for sign in text).split())
-
-
-def to_ms(seconds: float, least_ms: int, most_ms: int) -> int:
-    """Whole ms within these bounds, of which `most_ms` counts where they cross."""
-    return min(max(round(min(max(seconds, 0.0), most_ms / 1000) * 1000), least_ms), most_ms)
+    """Single spaces between words and none around them."""
+    return " ".join(plain(text).split())
 
 
 def words_of(said: tuple[SaidWord, ...], start_ms: int, end_ms: int) -> tuple[Word, ...]:
     """Words in the order of their times, all within these."""
     words: list[Word] = []
-    at_ms = start_ms
+    from_ms = start_ms
     for one in said:
         if text := clean(one.punctuated_word or one.word):
-            at_ms = to_ms(one.start, at_ms, end_ms)
-            words.append(Word(text, at_ms, to_ms(one.end, at_ms, end_ms), min(max(one.confidence, 0.0), 1.0)))
+            from_ms = at_ms(one.start, from_ms, end_ms)
+            words.append(Word(text, from_ms, at_ms(one.end, from_ms, end_ms), share(one.confidence)))
     return tuple(words)
 
 
-def language_of(said: str | None, asked: str | None) -> str:
-    """ISO 639-1 of a BCP 47 tag, if that is a language we know; else what was asked for."""
-    tag = (said or "").lower()
-    code = _OUR_CODES.get(tag, tag.partition("-")[0])
-    return code if code in NAMES else asked or DEFAULT_LANGUAGE
+def sayable(signs: int, within_ms: int) -> None:
+    """Raises `BadAnswer` for more code points than anybody says in that time, however fast."""
+    if signs > SIGNS_AT_ONCE + within_ms // MS_A_SIGN:
+        raise BadAnswer("The recogniser says more than can have been said. Try again.")
+
+
+def share(said: float) -> float:
+    """0 to 1."""
+    return min(max(said, 0.0), 1.0)
+
+
+def known(tag: str) -> str | None:
+    """The code of a BCP 47 tag, if that is a language we know."""
+    code = _OUR_CODES.get(tag.lower(), tag.lower().partition("-")[0])
+    return code if code in NAMES else None
+
+
+def language_of(tag: str | None, asked: str | None) -> str:
+    """The code of the language that was said, or else asked for, if either was."""
+    return known(tag or "") or asked or UNKNOWN_LANGUAGE

@@ -33,11 +33,11 @@ from dispatchers.interface import (
 
 MIB = 1024 * 1024
 FLAC_FROM_BYTES = MIB
-"""A recording above this is packed before it is sent: half the bytes, for 1 ms of a core a minute."""
+"""A recording above this is packed before it is sent: half the bytes of speech, for 20 ms of a core a minute."""
 _AT_ONCE = 256 * 1024
 """An answer above this is read in a thread."""
-_FORM_BYTES = 16 * 1024
-"""Room for what is in a form beside the audio."""
+_ROOM = 64
+"""One part in so many of a request is left for what is beside the samples: a form, a recording that does not pack."""
 _BYTES_PER_MS = 32
 
 
@@ -146,7 +146,8 @@ class OpenAIRelay:
 
     def _longest_ms(self, model: Model) -> int:
         """As WAV: how small a recording packs is not known beforehand."""
-        sendable_ms = (self._quirks.most_bytes - _FORM_BYTES) // _BYTES_PER_MS
+        most = self._quirks.most_bytes
+        sendable_ms = (most - most // _ROOM) // _BYTES_PER_MS
         return min(sendable_ms, model.longest_ms or sendable_ms)
 
     def _check(self, model: Model, options: Options, duration_ms: int) -> None:

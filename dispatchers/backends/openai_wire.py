@@ -26,11 +26,8 @@ UNKNOWN_LANGUAGE = "und"
 
 _STRAY_CHARS = 32  # of punctuation between two words, at most
 _CODES = {name: code for code, name in NAMES.items()}
-_LONGEST_SENTENCE = 500  # a longer one is cut, so that no text takes long to be looked through
-_SENTENCE = re.compile(
-    rf"\s*\S(?:.{{0,{_LONGEST_SENTENCE}}}?[.!?…]+[\"'”’)\]]*\s|.{{0,{_LONGEST_SENTENCE}}}?[。！？]|.{{{_LONGEST_SENTENCE}}})",
-    re.DOTALL,
-)
+_LONGEST_SENTENCE = 500
+_SENTENCE_END = re.compile(r"\S[.!?…]+[\"'”’)\]]*\s+|[。！？]")
 
 # --- what is asked ------------------------------------------------------------------------------------------------
 
@@ -135,10 +132,11 @@ async def heard(account: Account, lines: AsyncIterator[str], duration_ms: int) -
         length += len(event.delta or "")
         if length > most:
             raise BadAnswer(f"{account.backend} answered with more text than can be said in the time.")
-        while sentence := _SENTENCE.match(pending):
-            pending = pending[sentence.end() :]
-            segments.append(Segment(0, 0, sentence[0].strip()))
-            yield segments[-1]
+        while end := _sentence(pending):
+            text, pending = pending[:end].strip(), pending[end:]
+            if text:
+                segments.append(Segment(0, 0, text))
+                yield segments[-1]
     if done is None:
         raise BadAnswer(f"{account.backend} ended its answer before it was whole.")
     if not length:
@@ -147,6 +145,14 @@ async def heard(account: Account, lines: AsyncIterator[str], duration_ms: int) -
         segments.append(Segment(0, duration_ms, text))
         yield segments[-1]
     yield Said(tuple(segments), _language(done), has_words=False)
+
+
+def _sentence(text: str) -> int:
+    """Where the first sentence ends; 0 if it has not ended yet. One that is too long ends at a space."""
+    begun = text[:_LONGEST_SENTENCE]
+    if end := _SENTENCE_END.search(begun):
+        return end.end()
+    return (begun.rfind(" ") + 1 or _LONGEST_SENTENCE) if len(text) > _LONGEST_SENTENCE else 0
 
 
 async def _events(account: Account, lines: AsyncIterator[str]) -> AsyncIterator[_Event]:

@@ -18,6 +18,7 @@ from gateway.cli import (
     issuers,
     policies,
     prices,
+    relays,
     roles,
     statements,
     tenants,
@@ -33,6 +34,7 @@ GROUPS: Mapping[str, typer.Typer] = {
     "policy": policies.app,
     "price": prices.app,
     "budget": budgets.app,
+    "relay": relays.app,
     "config": config.app,
 }
 """`stenogate NOUN VERB`."""

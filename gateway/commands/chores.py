@@ -11,16 +11,13 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from pydantic import ValidationError
-
 from gateway.commands.database import with_doors as _with_database
-from policy import budget, identity, issuers, policies, pricing, statements, tenants
+from policy import budget, identity, issuers, pricing, statements, tenants
 from policy.budget import Period
 from policy.errors import Invalid
 from policy.identity import SCOPES, Authenticator, Caller, mint
 from policy.issuers import Issuer
 from policy.jwks import KeySets
-from policy.policies import Policy, PolicyBody
 from policy.tenants import Status, Tenant
 from runtime.database import Database
 from runtime.embedded import prepare, with_database
@@ -163,33 +160,6 @@ def revoke(settings: Settings, token: str) -> Caller:
                 tx, tenant_id=caller.tenant_id, token_id=caller.token_id, expires_at=caller.expires_at, actor=ACTOR
             )
         return caller
-
-    return _with_database(settings, work)
-
-
-def show_policy(settings: Settings, slug: str) -> Policy:
-    """The policy in force."""
-
-    async def work(database: Database) -> Policy:
-        async with database.across_tenants("show a policy") as tx:
-            tenant = await tenants.by_slug(tx, slug)
-            return await policies.current(tx, tenant.id)
-
-    return _with_database(settings, work)
-
-
-def set_policy(settings: Settings, slug: str, body: str) -> Policy:
-    """A new version of the policy. Raises `Invalid` naming the field that is wrong."""
-    try:
-        validated = PolicyBody.model_validate_json(body)
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors())
-        raise Invalid(f"the policy was not accepted: {wrong}") from error
-
-    async def work(database: Database) -> Policy:
-        async with database.across_tenants("set a policy") as tx:
-            tenant = await tenants.by_slug(tx, slug)
-            return await policies.put(tx, tenant.id, validated, actor=ACTOR)
 
     return _with_database(settings, work)
 

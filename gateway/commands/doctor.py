@@ -10,6 +10,7 @@ import socket
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -159,11 +160,22 @@ def _disk(settings: Settings) -> Finding:
 def _signing_key(settings: Settings) -> Finding:
     if settings.signing_key is not None:
         return Finding("signing key", "STENOGATE_SIGNING_KEY")
-    path = settings.data_dir / "signing.key"
+    return _kept("signing key", settings.data_dir / "signing.key")
+
+
+def _sealing_keys(settings: Settings) -> Finding:
+    if settings.sealing_keys is not None:
+        return Finding("sealing keys", "STENOGATE_SEALING_KEYS")
+    if settings.database_url is not None:
+        return Finding("sealing keys", "none", "for credentials of relays set STENOGATE_SEALING_KEYS", needed=False)
+    return _kept("sealing keys", settings.data_dir / "sealing.keys")
+
+
+def _kept(part: str, path: Path) -> Finding:
     if not path.exists():
-        return Finding("signing key", "made at the first start")
+        return Finding(part, "made at the first start")
     readable = stat.S_IMODE(path.stat().st_mode) & 0o077
-    return Finding("signing key", str(path), f"chmod 600 {path}" if readable else None)
+    return Finding(part, str(path), f"chmod 600 {path}" if readable else None)
 
 
 def _port(settings: Settings) -> Finding:
@@ -184,5 +196,6 @@ CHECKS: tuple[Callable[[Settings], Finding], ...] = (
     _voice_activity,
     _disk,
     _signing_key,
+    _sealing_keys,
     _port,
 )

@@ -1,6 +1,8 @@
 """`make bench`: the gateway against bare faster-whisper, in the same run, what it holds in memory, what batches gain.
 `make bench-stream`: live streams at their own pace. `make bench-density`: as many as one core carries.
 `make bench-overhead`: what the gateway adds to a request.
+`make bench-engine`: what the network costs an engine, and live streams when one of two is killed.
+`make bench-relay`: what a request to a provider costs, by the HTTP client.
 
 Figures are of the micro model, which is tiny; a real model's are another matter. Ratios travel, seconds do not.
 """
@@ -14,7 +16,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import batch, density, fairness, memory, overhead, sounds, stream, together, words
+from tests.benchmarks import (
+    batch,
+    density,
+    engine,
+    failover,
+    fairness,
+    memory,
+    overhead,
+    relay_transport,
+    sounds,
+    stream,
+    together,
+    words,
+)
 
 FILES: dict[str, Callable[[Console], None]] = {
     "batch": batch.run,
@@ -27,7 +42,10 @@ FILES: dict[str, Callable[[Console], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument(
-        "section", nargs="*", choices=[*FILES, "stream", "density", "overhead", []], help=f"default: {' '.join(FILES)}"
+        "section",
+        nargs="*",
+        choices=[*SECTIONS, []],
+        help=f"default: {' '.join(FILES)}",
     )
     live = parser.add_argument_group("stream and density")
     live.add_argument("--streams", type=int, nargs="+", help="at once, a run for each number")
@@ -44,25 +62,36 @@ def main() -> None:
     console.print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}\n")
     for name in given.section or FILES:
         console.rule(name, align="left")
-        if name == "stream":
-            settings = dict(pair.split("=", 1) for pair in given.set)
-            streams = given.streams or [1, 8, 24]
-            if given.compare:
-                stream.compare(console, streams, given.seconds)
-            elif given.fairness:
-                fairness.run(console, given.seconds, settings)
-            elif given.words:
-                words.run(console, settings, given.samples)
-            else:
-                stream.run(console, streams, given.seconds, settings, given.events)
-        elif name == "overhead":
-            overhead.run(console, given.rate, given.seconds, dict(pair.split("=", 1) for pair in given.set))
-        elif name == "density":
-            density.run(
-                console, given.streams or [100, 300, 400], given.seconds, dict(pair.split("=", 1) for pair in given.set)
-            )
-        else:
-            FILES[name](console)
+        SECTIONS[name](console, given)
+
+
+def _streams(console: Console, given: argparse.Namespace) -> None:
+    streams = given.streams or [1, 8, 24]
+    if given.compare:
+        stream.compare(console, streams, given.seconds)
+    elif given.fairness:
+        fairness.run(console, given.seconds, _set(given))
+    elif given.words:
+        words.run(console, _set(given), given.samples)
+    else:
+        stream.run(console, streams, given.seconds, _set(given), given.events)
+
+
+def _set(given: argparse.Namespace) -> dict[str, str]:
+    return dict(pair.split("=", 1) for pair in given.set)
+
+
+SECTIONS: dict[str, Callable[[Console, argparse.Namespace], None]] = {
+    **{name: lambda console, _, run=run: run(console) for name, run in FILES.items()},
+    "stream": _streams,
+    "density": lambda console, given: density.run(
+        console, given.streams or [100, 300, 400], given.seconds, _set(given)
+    ),
+    "engine": lambda console, _: engine.run(console),
+    "failover": lambda console, given: failover.run(console, (given.streams or [50])[0], given.seconds),
+    "overhead": lambda console, given: overhead.run(console, given.rate, given.seconds, _set(given)),
+    "relay": lambda console, _: relay_transport.run(console),
+}
 
 
 if __name__ == "__main__":

@@ -76,17 +76,22 @@ def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]
     return hosted
 
 
+class HostedDeepgram(DeepgramRelay):
+    """The same at Deepgram."""
+
+    hosts: AsyncExitStack
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        await self.hosts.aclose()
+
+
 async def deepgram() -> Dispatcher:
-    server = AsyncExitStack()
-    provider = await server.enter_async_context(deepgram_server(SCRIPT))
-    return attended(DeepgramRelay(provider.account()), server)
-
-
-def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
-    """The relay, which closes the server that it speaks to with itself."""
-    server.push_async_callback(relay.aclose)
-    relay.aclose = server.aclose  # type: ignore[method-assign]
-    return relay
+    hosts = AsyncExitStack()
+    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
+    made = HostedDeepgram(server.account())
+    made.hosts = hosts
+    return made
 
 
 @contextmanager
@@ -147,8 +152,8 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "child": child,
     "openai": relay("openai", OPENAI),
     "groq": relay("groq", GROQ),
-    "segmenting openai": streaming(relay("openai", OPENAI)),
     "deepgram": deepgram,
+    "segmenting openai": streaming(relay("openai", OPENAI)),
     "further": further,
     "pool": pool,
     "segmenting scripted": streaming(scripted),

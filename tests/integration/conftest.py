@@ -14,6 +14,7 @@ from policy.resolve import Candidate, Decision, Demand
 from policy.tenants import Tenant
 from runtime.database import Database
 from runtime.ids import uuid7
+from tests.openai_relays import provider, relay  # noqa: F401  fixtures
 from tests.server import http, mine, served  # noqa: F401  fixtures
 
 PRICE_NANO_PER_HOUR = 258_000_000  # $0.0043 a minute

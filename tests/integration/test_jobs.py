@@ -394,6 +394,27 @@ async def test_a_recording_beyond_the_policy_fails_whatever_its_header_says(plan
     assert plant.blobs_left() == []
 
 
+async def test_a_job_that_waited_is_not_done_where_a_later_policy_forbids_it(plant: Plant, database: Database) -> None:
+    job = await plant.submit()
+    async with database.across_tenants("test") as tx:
+        await policies.put(tx, plant.caller.tenant_id, PolicyBody(regions=("eu",)), actor="test")
+    plant.shop.door.terms.forget()
+    failed = await plant.work(job)
+    assert failed.error is not None
+    assert (failed.status, failed.error["code"], failed.billed_ms) == ("failed", "FORBIDDEN", 0)
+    assert await held_nano(database, job.tenant_id) == 0
+    assert plant.blobs_left() == []
+
+
+async def test_a_job_may_be_longer_than_a_file(plant: Plant, database: Database) -> None:
+    async with database.across_tenants("test set-up") as tx:
+        body = PolicyBody(max_file_ms=1000, max_job_ms=SPEECH_MS)
+        await policies.put(tx, plant.caller.tenant_id, body, actor="test")
+    assert (await plant.work(await plant.submit())).status == "completed"
+    with pytest.raises(Invalid, match=f"allows {SPEECH_MS} ms"):
+        await plant.submit(SPEECH_MS + 1000)
+
+
 async def test_a_recording_that_a_dead_worker_left_is_collected(plant: Plant, database: Database) -> None:
     job = await plant.submit()
     running = await plant.submit(1000)

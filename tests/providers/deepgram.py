@@ -11,19 +11,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import json
-import wave
+import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from dispatchers.audio.decode import load
 from dispatchers.backends.relay import Account
+from dispatchers.errors import AudioError
 from dispatchers.interface import SAMPLE_RATE, Samples
 from tests.providers.http import Answer, HttpServer, Request, http_server
 from tests.providers.websocket import Socket
@@ -213,12 +215,12 @@ def _check_live(query: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _decoded(body: bytes) -> Samples:
-    try:
-        with wave.open(io.BytesIO(body)) as file:
-            assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (SAMPLE_RATE, 1, 2)
-            return np.frombuffer(file.readframes(file.getnframes()), "<i2")
-    except (wave.Error, EOFError):
-        raise Refused(400, "Bad Request", "failed to process audio: corrupt or unsupported data") from None
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(body)
+        try:
+            return load(Path(file.name))
+        except AudioError:
+            raise Refused(400, "Bad Request", "failed to process audio: corrupt or unsupported data") from None
 
 
 # --- what is heard ------------------------------------------------------------------------------------------------
@@ -448,8 +450,9 @@ class _Live:
                 while await self._socket.receive():
                     pass
             case "not a frame":
-                await self._socket.raw(b"HTTP/1.1 500 -\r\n\r\n")
-                await asyncio.sleep(3600)
+                await self._socket.raw(b"HTTP/1.1 500 -\r\n\r\n" * 10)
+                while await self._socket.receive():
+                    pass
             case code:
                 await self._socket.close(int(code), f"DATA-0000: {KEY}")
 

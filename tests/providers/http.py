@@ -106,6 +106,7 @@ class HttpServer:
 
     def __init__(self, respond: Responder, url: str, upgrade: Upgrader | None = None) -> None:
         self.url = url
+        self._upgrade = upgrade
         self.fault: Fault | None = None
         self.faults: list[Fault | None] = []
         self.requests: list[Request] = []

@@ -13,16 +13,16 @@ import json
 import re
 import tempfile
 import wave
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 from dispatchers.audio.decode import load
 from dispatchers.backends.relay import Account
 from dispatchers.errors import AudioError
+from tests.providers.forms import Form, parse
 from tests.providers.http import Answer, HttpServer, Request, http_server
 
 KEY = "sk-test-0123456789abcdef"
@@ -40,7 +40,8 @@ _GPT = ("json", "text")
 
 @dataclass(frozen=True)
 class Flavour:
-    """How a provider differs. `formats` by model; `names` its languages."""
+    """How a provider differs. `formats` by model; `english`: what it calls that language; `text_duration`: it gives the
+    duration as a string."""
 
     root: str = "/v1"
     formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -78,21 +79,6 @@ VLLM = Flavour(
     words=False,
     text_duration=True,
 )
-
-
-@dataclass(frozen=True)
-class Form:
-    """A multipart body. Names as sent, brackets included."""
-
-    fields: Mapping[str, tuple[str, ...]]
-    file: bytes | None
-    filename: str = ""
-    media_type: str = ""
-
-    def one(self, name: str, default: str = "") -> str:
-        """The field's only value."""
-        (value,) = self.fields.get(name, (default,))
-        return value
 
 
 @dataclass
@@ -219,44 +205,11 @@ class Refused(Exception):
         return _json({"error": error}, self.status)
 
 
-# --- requests -----------------------------------------------------------------------------------------------------
-
-
-def parse(request: Request) -> Form:
-    """A multipart form (RFC 7578), taken strictly: whatever is not to the letter is an `AssertionError`."""
-    kind, boundary = _parameters(request.headers["content-type"], "boundary")
-    assert kind == "multipart/form-data"
-    first, *parts, last = (b"\r\n" + request.body).split(b"\r\n--" + boundary.encode())
-    assert (first, last) == (b"", b"--\r\n")
-    fields: dict[str, tuple[str, ...]] = {}
-    form = Form(fields, None)
-    for part in parts:
-        assert part.startswith(b"\r\n")
-        head, separator, content = part[2:].partition(b"\r\n\r\n")
-        assert separator
-        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
-        headers = {name.lower(): value for name, value in headers.items()}
-        _, name = _parameters(headers["content-disposition"], "name")
-        _, filename = _parameters(headers["content-disposition"], "filename")
-        if filename:
-            assert (name, form.file) == ("file", None)
-            form = replace(form, file=content, filename=filename, media_type=headers["content-type"])
-        else:
-            fields[name] = (*fields.get(name, ()), content.decode())
-    return form
-
-
-def _parameters(header: str, name: str) -> tuple[str, str]:
-    """A header's value, and one of its parameters."""
-    message = Message()
-    message["content-type"] = header
-    return header.partition(";")[0].strip(), str(message.get_param(name, ""))
-
-
 def _duration_ms(audio: bytes) -> int:
     if audio[:4] == b"RIFF":
         with wave.open(io.BytesIO(audio)) as file:
-            return file.getnframes() * 1000 // file.getframerate()
+            frames, rate = file.getnframes(), file.getframerate()
+            return frames * 1000 // rate
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(audio)
         try:
@@ -288,13 +241,12 @@ def _bodies(
         verbose["segments"] = _segments(said)
     if "word" in asked:
         verbose["words"] = _words(said)
-    lines = [f"{_clock(at, ',')} --> {_clock(end, ',')}\n{line}\n\n" for at, end, line in _cues(said)]
     return {
         "json": _json({"text": text} | languages | tail),
         "verbose_json": _json(verbose | tail),
         "text": Answer(f"{text}\n".encode(), media_type="text/plain; charset=utf-8"),
-        "srt": Answer("".join(f"{number}\n{line}" for number, line in enumerate(lines, 1)).encode(), 200, "text/plain"),
-        "vtt": Answer(("WEBVTT\n\n" + "".join(lines).replace(",", ".")).encode(), media_type="text/vtt"),
+        "srt": Answer("".join(_lines(said, ",", numbered=True)).encode(), media_type="text/plain; charset=utf-8"),
+        "vtt": Answer("".join(["WEBVTT\n\n", *_lines(said, ".")]).encode(), media_type="text/vtt; charset=utf-8"),
     }
 
 
@@ -321,6 +273,12 @@ def _words(said: list[str]) -> list[dict[str, Any]]:
         {"word": word.strip(",."), "start": at * WORD_MS / 1000, "end": (at + 1) * WORD_MS / 1000}
         for at, word in enumerate(said)
     ]
+
+
+def _lines(said: list[str], point: str, *, numbered: bool = False) -> Iterator[str]:
+    for number, (at, end, line) in enumerate(_cues(said), start=1):
+        yield f"{number}\n" if numbered else ""
+        yield f"{_clock(at, point)} --> {_clock(end, point)}\n{line}\n\n"
 
 
 def _cues(said: list[str]) -> list[tuple[int, int, str]]:
