@@ -74,16 +74,18 @@ class Meter:
             if not isinstance(item, Pcm):
                 yield item
                 continue
-            samples = item.samples
-            while len(samples):
-                room = await self._room(len(samples))
+            while wanted := len(item.samples):
+                room = await self._room(wanted)
                 if room == 0:
                     return
-                head, samples = samples[:room], samples[room:]
-                self.accepted_samples += len(head)
+                self.accepted_samples += room
                 if self._due:
                     self._moved.set()
-                yield Pcm(head)
+                if room == wanted:
+                    yield item
+                    break
+                yield Pcm(item.samples[:room])
+                item = Pcm(item.samples[room:])  # noqa: PLW2901 — what is left of it
 
     async def run(self, tell: Callable[[Used], Awaitable[None]]) -> None:
         """Settles and extends until cancelled; `tell` gets an event for each settled block."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -108,24 +108,25 @@ class Intake:
                 case _:
                     pieces = _flushed(decoder)
             async for samples in pieces:
-                for pcm in self._counted(samples):
-                    yield pcm
+                if len(fresh := self._counted(samples)):
+                    yield Pcm(fresh)
             if isinstance(item, _Anew):
                 decoder = await LiveDecoder.open(self._wire)
                 self._heard_already = max(0, self._taken_samples - item.from_ms * SAMPLES_PER_MS)
             elif not isinstance(item, bytes):
                 yield item
         async for samples in decoder.end():
-            for pcm in self._counted(samples):
-                yield pcm
+            if len(fresh := self._counted(samples)):
+                yield Pcm(fresh)
 
-    def _counted(self, samples: Samples) -> Iterator[Pcm]:
+    def _counted(self, samples: Samples) -> Samples:
         """Those that are new."""
-        known = min(self._heard_already, len(samples))
-        self._heard_already -= known
-        if len(samples) > known:
-            self._taken_samples += len(samples) - known
-            yield Pcm(samples[known:])
+        if self._heard_already:
+            known = min(self._heard_already, len(samples))
+            self._heard_already -= known
+            samples = samples[known:]
+        self._taken_samples += len(samples)
+        return samples
 
     async def _next(self) -> Received | _Anew | None:
         """The next command, or all the audio before it, in reasonable bites."""
