@@ -119,7 +119,7 @@ class Admission:
                 first_ms = FIRST_BLOCKS * self._block_ms if demand.audio_ms is None else demand.audio_ms
                 dearest = most_expensive(prices.values())
                 nano_per_hour = dearest.price_nano_per_hour * demand.channels
-                await hold_until(tx, tenant.id, session_id, first_ms, nano_per_hour)
+                await hold_until(tx, await sessions.locked(tx, tenant.id, session_id), first_ms, nano_per_hour)
                 session = await sessions.get(tx, tenant.id, session_id)
         return Lease(self._database, session, policy, prices)
 
