@@ -188,8 +188,10 @@ class Lease:
 
 
 async def hold_until(tx: Transaction, session: Session, to_ms: int, nano_per_hour: int) -> int:
-    """Holds money so that `[0, to_ms)` of a session is covered, whose row is locked; returns how far it is covered now.
-    Raises `BudgetExhausted` (roll back then) and `Conflict`."""
+    """Holds money so that `[0, to_ms)` is covered of a session whose row is locked. Returns how far it is now.
+
+    Raises `BudgetExhausted` (roll back then) and `Conflict`.
+    """
     if to_ms <= session.held_ms:
         return session.held_ms
     await sessions.cover(tx, session.tenant_id, session.id, to_ms)
