@@ -65,8 +65,8 @@ class Meter:
     @property
     def _due(self) -> bool:
         """Whether a block is to be settled or the hold to be extended: once in many messages."""
-        lease = self._lease
-        return self.accepted_ms - lease.settled_ms >= BLOCK_MS or lease.held_ms - self.accepted_ms <= BLOCK_MS
+        lease, accepted_ms = self._lease, self.accepted_ms
+        return accepted_ms - lease.settled_ms >= BLOCK_MS or lease.held_ms - accepted_ms <= BLOCK_MS
 
     async def audio(self, source: AsyncIterator[StreamInput]) -> AsyncIterator[StreamInput]:
         """The source, up to what is held; ends early when `ended_by` is set."""

@@ -100,14 +100,11 @@ class Intake:
         """
         decoder = await LiveDecoder.open(self._wire)
         while (item := await self._next()) is not None:
-            match item:
-                case bytes():
-                    pieces = decoder.feed(item)
-                case _Anew():
-                    pieces = _rest(decoder)
-                case _:
-                    pieces = _flushed(decoder)
-            async for samples in pieces:
+            if isinstance(item, bytes) and isinstance(decoder, LiveDecoder) and decoder.plain:
+                if len(fresh := self._counted(decoder.take(item))):
+                    yield Pcm(fresh)
+                continue
+            async for samples in _decoded(decoder, item):
                 if len(fresh := self._counted(samples)):
                     yield Pcm(fresh)
             if isinstance(item, _Anew):
@@ -162,6 +159,16 @@ class Intake:
         if self._taken_samples < SAMPLE_RATE:
             return self._wire.bytes_per_s
         return min(max(1, self._taken_bytes * SAMPLE_RATE // self._taken_samples), _MOST_BYTES_PER_S)
+
+
+def _decoded(decoder: LiveDecoder | ContainerDecoder, item: Received | _Anew) -> AsyncIterator[Samples]:
+    match item:
+        case bytes():
+            return decoder.feed(item)
+        case _Anew():
+            return _rest(decoder)
+        case _:
+            return _flushed(decoder)
 
 
 async def _flushed(decoder: LiveDecoder | ContainerDecoder) -> AsyncIterator[Samples]:
