@@ -20,10 +20,12 @@ from dispatchers.interface import VadOptions
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 SPEECH = Path(__file__).parents[1] / "fixtures/speech"
 
-NEAR = 3e-5
-"""How near probabilities are that should be the same. Single precision gives no more: on what is tested here both this
-model and the packaged one are up to 2.3e-5 from what they give in double precision, and how a product is rounded
-depends on its size and on the processor."""
+NEAR = 1e-5
+"""How near the probabilities of the same audio are, however it is batched."""
+
+NEAR_THE_GRAPH = 3e-5
+"""The packaged graph computes in single precision, and on what is tested here is up to 2.3e-5 from what it gives in
+double precision; how it is rounded depends on the processor."""
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,7 @@ async def test_it_is_the_packaged_model(vad: SileroVad):
     together = await asyncio.gather(*(listen(number, audio) for number, audio in enumerate(every.values())))
     for (name, audio), told in zip(every.items(), together, strict=True):
         expected = packaged(audio)
-        assert np.abs(told - expected).max() <= NEAR, name
+        assert np.abs(told - expected).max() <= NEAR_THE_GRAPH, name
         one, other = (Segmenter(VadOptions()) for _ in range(2))
         assert [edges(action) for action in [*one.feed(audio, told), *one.flush()]] == [
             edges(action) for action in [*other.feed(audio, expected), *other.flush()]
