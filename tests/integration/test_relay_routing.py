@@ -278,7 +278,7 @@ async def test_a_caller_who_leaves_pays_nothing_and_costs_what_was_asked(
     asking.cancel()
     await asyncio.wait({asking})
     async with asyncio.timeout(10):
-        while not (found := await accounts(gateway, tenant))[1]:
+        while not (found := await accounts(gateway, tenant))[1]:  # noqa: ASYNC110  nobody tells
             await asyncio.sleep(0.05)
     assert found == (
         [],
