@@ -16,8 +16,8 @@ AT_ONCE = 512 * 1024
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """HTTP/1.1 over at most `connections` at once (0: any number), each kept for `idle_s` without use; `connector` makes
-    what connects, where it is not the usual one. Of httpx's time-outs, `write` is
+    """HTTP/1.1 over at most `connections` at once (0: any number), each kept for `idle_s` without use; `connector`
+    makes what connects, where it is not the usual one. Of httpx's time-outs, `write` is
     not known to it: who may not wait for ever for a server to read has a deadline of their own.
 
     A request that is cancelled, or an answer that is left before its end, closes its connection. Use from one event
