@@ -13,6 +13,7 @@ from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.assemblyai import AssemblyAIRelay
 from dispatchers.backends.deepgram import DeepgramRelay
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.openai import OpenAIRelay, Quirks
@@ -25,8 +26,10 @@ from dispatchers.local import engine_child
 from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
 from tests.engines import TOKEN, engine_process
-from tests.providers.deepgram import Said, deepgram_server
+from tests.providers.assemblyai import assemblyai_server
+from tests.providers.deepgram import deepgram_server
 from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
+from tests.providers.script import Said
 
 SCRIPT: tuple[Said, ...] = (
     *(("where", 0.45, 0.76), ("is", 0.76, 0.94), ("the", 0.94, 1.12), ("hospital", 1.12, 1.79)),
@@ -53,45 +56,34 @@ async def child() -> Dispatcher:
     return started
 
 
-class HostedRelay(OpenAIRelay):
-    """A relay whose provider ends with it."""
-
-    hosts: AsyncExitStack
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self.hosts.aclose()
+def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
+    """The relay, which closes the provider that it speaks to with itself."""
+    server.push_async_callback(relay.aclose)
+    relay.aclose = server.aclose  # type: ignore[method-assign]
+    return relay
 
 
 def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]]:
     async def hosted() -> Dispatcher:
-        hosts = AsyncExitStack()
-        server = await hosts.enter_async_context(openai_server(flavour))
+        server = AsyncExitStack()
+        opened = await server.enter_async_context(openai_server(flavour))
         quirks = PROVIDERS[provider].quirks
         assert isinstance(quirks, Quirks)
-        made = HostedRelay(server.account(), quirks)
-        made.hosts = hosts
-        return made
+        return attended(OpenAIRelay(opened.account(), quirks), server)
 
     return hosted
 
 
-class HostedDeepgram(DeepgramRelay):
-    """The same at Deepgram."""
-
-    hosts: AsyncExitStack
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self.hosts.aclose()
-
-
 async def deepgram() -> Dispatcher:
-    hosts = AsyncExitStack()
-    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
-    made = HostedDeepgram(server.account())
-    made.hosts = hosts
-    return made
+    server = AsyncExitStack()
+    provider = await server.enter_async_context(deepgram_server(SCRIPT))
+    return attended(DeepgramRelay(provider.account()), server)
+
+
+async def assemblyai() -> Dispatcher:
+    server = AsyncExitStack()
+    provider = await server.enter_async_context(assemblyai_server(SCRIPT))
+    return attended(AssemblyAIRelay(provider.account()), server)
 
 
 @contextmanager
@@ -153,6 +145,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "openai": relay("openai", OPENAI),
     "groq": relay("groq", GROQ),
     "deepgram": deepgram,
+    "assemblyai": assemblyai,
     "segmenting openai": streaming(relay("openai", OPENAI)),
     "further": further,
     "pool": pool,
@@ -163,6 +156,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "segmenting pool": streaming(pool),
     "per channel scripted": per_channel(streaming(scripted)),
     "per channel deepgram": per_channel(deepgram),
+    "per channel assemblyai": per_channel(assemblyai),
 }
 
 

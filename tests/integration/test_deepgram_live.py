@@ -48,8 +48,9 @@ from dispatchers.interface import (
     Word,
 )
 from tests.integration.test_engine_server import until
-from tests.providers.deepgram import KEY, DeepgramServer, Quirks, deepgram_server, said, sound
+from tests.providers.deepgram import KEY, DeepgramServer, Quirks, deepgram_server
 from tests.providers.http import FAULTS, Answer, Fault, closed, deaf
+from tests.providers.script import said, sound
 
 IMPATIENT = Patience(connect_s=1.0, silent_s=1.0, finalize_s=0.3, drain_s=2.0, keep_alive_s=0.2)
 FIRST, SECOND = "Tell me more.", "And then, where did it go?"
