@@ -57,12 +57,10 @@ MODELS = ("universal-3-pro", "universal-2")
 LONGEST_MS = 60 * 60 * 1000
 """Far below AssemblyAI's own limit (10 h): the words of an hour fit in the longest answer we read."""
 
-FIRST_LOOK_S, LAST_LOOK_S, LESS_OFTEN = 0.25, 3.0, 1.5
-"""How long until a transcription is asked after, at first and at most, and by how much that grows."""
+LOOK_MOST_S, LESS_OFTEN = 3.0, 1.5
+"""How long until a transcription is asked after at most, and by how much that grows."""
 LOOKS_FAILED_MOST = 3
 """In a row: what was uploaded and asked for is not given up for a hiccup."""
-DELETE_AFTER_S = (0.0, 2.0, 15.0)
-"""When it is tried to delete a transcription; one that is still under way may not be deleted yet."""
 DELETING_MOST = 1_000
 CLOSE_S = 2.0
 
@@ -165,10 +163,10 @@ class AssemblyAIRelay:
 
     async def _done(self, job: Job) -> Job:
         """The same when it has ended."""
-        path, wait_s, failed = f"{TRANSCRIPT}/{job.id}", FIRST_LOOK_S, 0
+        path, wait_s, failed = f"{TRANSCRIPT}/{job.id}", self._patience.look_s, 0
         while job.status in ("queued", "processing"):
             await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * LESS_OFTEN, LAST_LOOK_S)
+            wait_s = min(wait_s * LESS_OFTEN, LOOK_MOST_S)
             try:
                 job, failed = await self._asked("GET", path, Job), 0
             except BackendError as error:
@@ -187,7 +185,9 @@ class AssemblyAIRelay:
         task.add_done_callback(self._deleting.discard)
 
     async def _deleted(self, job_id: str) -> None:
-        for wait_s in DELETE_AFTER_S:
+        """One that is still under way may not be deleted yet."""
+        why = ""
+        for wait_s in self._patience.delete_s:
             await asyncio.sleep(wait_s)
             try:
                 await self._asked("DELETE", f"{TRANSCRIPT}/{job_id}", Job)

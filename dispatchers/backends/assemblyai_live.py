@@ -52,7 +52,8 @@ from dispatchers.interface import (
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long AssemblyAI may take. Of recordings: `recorded_s` for all, `silent_s` for each answer. Of live streams:
+    """How long AssemblyAI may take. Of recordings: `recorded_s` for all, `silent_s` for each answer; it is asked after
+    `look_s` whether one is done, then less and less often, and after each of `delete_s` to delete one. Of live streams:
     `begin_s` to say that it listens, `silent_s` to take audio, `endpoint_s` to answer a `ForceEndpoint` when a turn is
     under way, `quiet_s` when none is known of, `format_s` to format the text of an ended turn (it promises none of
     these), `drain_s` for what is left when the audio has ended. Without audio we say something after `keep_alive_s`.
@@ -64,6 +65,8 @@ class Patience:
     connect_s: float = CONNECT_S
     recorded_s: float = 600.0
     silent_s: float = 15.0
+    look_s: float = 0.25
+    delete_s: tuple[float, ...] = (0.0, 2.0, 15.0)
     begin_s: float = 10.0
     endpoint_s: float = 2.0
     quiet_s: float = 1.0
