@@ -1,8 +1,8 @@
 """What the network costs an engine, and what batching across requests gains it.
 
-The same clips by so many callers in a closed loop: through the engine in this process, and through `stenogate engine` in
-one of its own, by the client that a pool uses; then through two such engines, one that batches and one that does not.
-The sides take turns, so a drift of the machine's speed meets both; a ratio is the median of the ratios of its rounds.
+The same clips by so many callers in a closed loop: through the engine in this process, and through `stenogate engine`
+in one of its own, by the client that a pool uses; then through two such engines, one that batches and one that does
+not. The sides take turns, so a drift of the machine's speed meets both; a ratio is the median of those of its rounds.
 """
 
 from __future__ import annotations

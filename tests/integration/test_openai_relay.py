@@ -220,7 +220,9 @@ async def test_a_server_without_word_times_is_found_out() -> None:
         ("something else", "not what it says", ["not", "what", "it", "says"]),
     ],
 )
-async def test_words_in_a_text(provider: OpenAIServer, relay: OpenAIRelay, text: str, words: str, tokens: str) -> None:
+async def test_words_in_a_text(
+    provider: OpenAIServer, relay: OpenAIRelay, text: str, words: str, tokens: list[str]
+) -> None:
     said = [{"word": f" {word}", "start": at, "end": at + 0.5} for at, word in enumerate(words.split())]
     body = {"text": text, "segments": [{"text": f" {text}", "start": 0, "end": 9}], "words": said}
     provider.http.fault = Fault(answer=Answer(json.dumps(body).encode()))
