@@ -19,6 +19,7 @@ from gateway.api import (
     sessions,
     tickets,
     usage,
+    webhooks,
 )
 from gateway.middleware import Answered, Identified, nowhere, unhandled
 from gateway.protocols import native_ws, openai_rest
@@ -30,6 +31,7 @@ ROUTES: tuple[BaseRoute, ...] = (
     *tickets.routes,
     *config.routes,
     *jobs.routes,
+    *webhooks.routes,
     *sessions.routes,
     *audio.routes,
     *usage.routes,
