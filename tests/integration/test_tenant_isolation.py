@@ -82,7 +82,8 @@ async def told(http: httpx.AsyncClient) -> tuple[str, str]:
 
 
 def test_every_parameter_is_known() -> None:
-    named = {name for route in ROUTES for name in re.findall(r"\{(\w+)", getattr(route, "path", ""))}
+    paths = [path for route in ROUTES if not (path := getattr(route, "path", "")).startswith("/v1/admin/")]
+    named = {name for path in paths for name in re.findall(r"\{(\w+)", path)}
     assert named == {*OWNED, "model"}
     assert len(WITH_ID) >= 6
 
