@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
 from gateway import docs_page, health
 from gateway.api import (
@@ -21,7 +20,7 @@ from gateway.api import (
     usage,
     webhooks,
 )
-from gateway.middleware import Answered, Identified, nowhere, unhandled
+from gateway.middleware import Answered, Identified, nowhere
 from gateway.protocols import native_ws, openai_rest
 from gateway.state import Gateway
 
@@ -44,13 +43,16 @@ ROUTES: tuple[BaseRoute, ...] = (
 )
 
 
+class _Application(Starlette):
+    """With our own middleware and no more: `Answered` answers whatever Starlette's would."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return Identified(Answered(self.router))
+
+
 def create_app(gateway: Gateway) -> Starlette:
     """An ASGI application over open parts. It has no lifespan of its own."""
-    app = Starlette(
-        routes=list(ROUTES),
-        middleware=[Middleware(Identified), Middleware(Answered)],
-        exception_handlers={HTTPException: unhandled},
-    )
+    app = _Application(routes=list(ROUTES))
     app.router.redirect_slashes = False
     app.router.default = nowhere
     app.state.gateway = gateway

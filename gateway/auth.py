@@ -21,13 +21,17 @@ SUBPROTOCOL = "stenogate.v1"
 _BEARER_PROTOCOL = "bearer."
 
 
-async def caller_of(connection: HTTPConnection, scope: str, *, token: str | None = None) -> Caller:
-    """The verified caller, who holds `scope`. `token`: from where else the protocol may carry it.
+async def caller_of(
+    connection: HTTPConnection, scope: str, *, token: str | None = None, lately: bool = False
+) -> Caller:
+    """The verified caller, who holds `scope`. `token`: from where else the protocol may carry it. `lately`: an
+    admission follows, which looks again whether he may come in.
 
     Raises `IdentityError`, `TenantSuspended` or `ScopeMissing`.
     """
     with _refusals_counted():
-        caller = await gateway_of(connection).authenticator.authenticate(bearer_token(connection) or token)
+        authenticator = gateway_of(connection).authenticator
+        caller = await authenticator.authenticate(bearer_token(connection) or token, lately=lately)
         _known(caller).require(scope)
     return caller
 

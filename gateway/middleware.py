@@ -9,8 +9,8 @@ import traceback
 from contextlib import suppress
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -27,6 +27,7 @@ LINGER_S = 2.0
 LINGER_BYTES = 64 * 1024 * 1024
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WEBSOCKET"})
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 
@@ -50,9 +51,7 @@ class Identified:
             nonlocal status
             if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
                 status = message.get("status", 101)
-                answer = MutableHeaders(scope=message)
-                answer["x-request-id"] = request_id
-                answer["x-content-type-options"] = "nosniff"
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), _NO_SNIFFING]
             await send(message)
 
         structlog.contextvars.clear_contextvars()
@@ -128,11 +127,6 @@ async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
         await WebSocket(scope, receive, send).send_denial_response(refusal)
         return
     raise RouteNotFound
-
-
-async def unhandled(_: Request, exc: Exception) -> Response:
-    """For Starlette, which would answer its own 404 and 405 in plain text: lets them pass to `Answered`."""
-    raise exc
 
 
 def _refusal(exc: Exception, scope: Scope) -> Response:

@@ -24,6 +24,7 @@ from policy.pricing import Price, price_for
 from policy.resolve import Candidate, Decision, Demand, Refusal
 from policy.sessions import Kind, Outcome, Session
 from policy.steps import Prices, Unusual
+from runtime.beats import beating
 from runtime.coordination import Coordination
 from runtime.database import Database, Transaction
 from runtime.errors import StenogateError
@@ -128,8 +129,7 @@ class Admission:
         with ledger_reachable():
             if (known := self._known.get(key)) is not None:
                 with suppress(Unusual):
-                    async with self._database.step(caller.tenant_id) as step:
-                        session = await steps.open_session(step, opening(known))
+                    session = await steps.open_session(self._database, opening(known))
                     return Lease(self._database, session, policy, known.prices)
             async with self._database.tenant(caller.tenant_id) as tx:
                 known = await _look_up(tx, caller, decision)
@@ -145,24 +145,20 @@ class Admission:
 
     @asynccontextmanager
     async def _kept(self, lease: Lease, kind: Kind) -> AsyncIterator[None]:
-        alive = asyncio.create_task(self._keep_alive(lease))
         try:
-            yield
+            with beating(HEARTBEAT_S, lambda: self._keep_alive(lease)):
+                yield
         except (Exception, asyncio.CancelledError) as error:
             await self._leave(lease, _ending(error, kind))
             raise
         else:
             await self._leave(lease, Outcome("failed", code=StenogateError.code))
-        finally:
-            alive.cancel()
 
     async def _keep_alive(self, lease: Lease) -> None:
         """A session may go a long time without a settle: a stream that is silent, a file in a queue."""
-        while True:
-            await asyncio.sleep(HEARTBEAT_S)
-            with suppress(OSError, SQLAlchemyError):  # the next beat tries again; the reaper is far slower
-                async with self._database.tenant(lease.tenant_id) as tx:
-                    await sessions.touch(tx, lease.tenant_id, lease.session_id)
+        with suppress(OSError, SQLAlchemyError):  # the next beat tries again; the reaper is far slower
+            async with self._database.tenant(lease.tenant_id) as tx:
+                await sessions.touch(tx, lease.tenant_id, lease.session_id)
 
     async def _leave(self, lease: Lease, outcome: Outcome) -> None:
         """Ends the session unless it has ended or is detached. A cancellation meanwhile does not stop that."""

@@ -129,7 +129,7 @@ _SET = text("""
 """)
 
 # Cuts the calendar in the tenant's own time zone; a lifetime is one window.
-WINDOW_START = """
+_WINDOW_START = """
     case b.period when 'lifetime' then timestamptz 'epoch' else date_trunc(b.period, {moment}, t.billing_tz) end
 """
 _OPEN_WINDOWS = text(f"""
@@ -137,7 +137,7 @@ _OPEN_WINDOWS = text(f"""
         select tenant_id, started_at from sessions
         where tenant_id = :tenant and id = :session and status = 'open' for no key update
     ), mine as (
-        select b.tenant_id, b.id, b.hard, {WINDOW_START.format(moment="session.started_at")} as window_start
+        select b.tenant_id, b.id, b.hard, {_WINDOW_START.format(moment="session.started_at")} as window_start
         from session join tenants t on t.id = session.tenant_id
         join budgets b on b.tenant_id = session.tenant_id and b.active
     ), opened as (
@@ -177,7 +177,7 @@ _REMAINING = text(f"""
     from sessions s join tenants t on t.id = s.tenant_id
     join budgets b on b.tenant_id = s.tenant_id and b.active and b.hard
     left join budget_windows w on w.tenant_id = b.tenant_id and w.budget_id = b.id
-         and w.window_start = {WINDOW_START.format(moment="s.started_at")}
+         and w.window_start = {_WINDOW_START.format(moment="s.started_at")}
     where s.tenant_id = :tenant and s.id = :session
 """)  # noqa: S608
 _STANDING = text(f"""
@@ -185,7 +185,7 @@ _STANDING = text(f"""
            coalesce(w.settled_nano, 0) as settled_nano, coalesce(w.held_nano, 0) as held_nano
     from budgets b join tenants t on t.id = b.tenant_id
     left join budget_windows w on w.tenant_id = b.tenant_id and w.budget_id = b.id
-         and w.window_start = {WINDOW_START.format(moment="now()")}
+         and w.window_start = {_WINDOW_START.format(moment="now()")}
     where b.tenant_id = :tenant and b.active order by b.id
 """)  # noqa: S608
 _RELEASE = text("""

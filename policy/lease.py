@@ -142,16 +142,15 @@ class Lease:
         """None: the session does not stand where this process believes, and nothing was changed."""
         segment = self._segment(self.settled_ms, to_ms, self._segments, candidate)
         try:
-            async with self._database.step(self.tenant_id) as step:
-                settled = await steps.settle(
-                    step,
-                    self.tenant_id,
-                    segment,
-                    turn=self.turn,
-                    progress=progress,
-                    outcome=outcome,
-                    attempts=self._priced(attempts),
-                )
+            settled = await steps.settle(
+                self._database,
+                self.tenant_id,
+                segment,
+                turn=self.turn,
+                progress=progress,
+                outcome=outcome,
+                attempts=self._priced(attempts),
+            )
         except Unusual:
             return None
         self._segments += 1

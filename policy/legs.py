@@ -7,6 +7,7 @@ session's next settle, or by itself where there is none, and twice the same is o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -47,10 +48,9 @@ async def record(tx: Transaction, tenant_id: UUID, session_id: UUID, legs: Seque
         await tx.execute(_RECORD, [mine | dict(zip(_NAMED, _row(*leg), strict=True)) for leg in legs])
 
 
-def columns(legs: Sequence[Priced]) -> tuple[list[object], ...]:
-    """What is written of them: a list for each of `NAMES`."""
-    rows = [_row(*leg) for leg in legs]
-    return tuple([row[at] for row in rows] for at in range(len(_NAMED)))
+def as_json(legs: Sequence[Priced]) -> str:
+    """What is written of them, by name."""
+    return json.dumps([dict(zip(_NAMED, _row(*leg), strict=True)) for leg in legs], default=str)
 
 
 async def listing(tx: Transaction, tenant_id: UUID, session_id: UUID) -> list[Leg]:

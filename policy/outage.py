@@ -26,7 +26,7 @@ def ledger_reachable() -> Iterator[None]:
         if error.connection_invalidated or _is_gone(error.orig):
             raise LedgerUnavailable(retry_after_s=5) from error
         raise
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # of a `Step`
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:  # of `Database.once`
         if isinstance(error, asyncpg.InterfaceError) or _is_gone(error):
             raise LedgerUnavailable(retry_after_s=5) from error
         raise

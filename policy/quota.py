@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID
@@ -12,6 +11,7 @@ import structlog
 from policy.errors import ConcurrencyLimited, RateLimited
 from policy.policies import PolicyBody
 from policy.sessions import Kind
+from runtime.beats import beating
 from runtime.coordination import Coordination, CoordinationUnavailable
 
 log = structlog.get_logger(__name__)
@@ -55,24 +55,21 @@ async def seated(
 async def _seat(coordination: Coordination, key: str, member: str, limit: int) -> AsyncIterator[None]:
     if not await coordination.seat(key, member, limit, SEAT_TTL_S):
         raise ConcurrencyLimited(retry_after_s=RETRY_AFTER_S)
-    renewing = asyncio.create_task(_renew(coordination, key, member, limit))
-    try:
-        yield
-    finally:
-        renewing.cancel()
-        try:
-            await coordination.leave(key, member)
-        except CoordinationUnavailable:
-            log.warning("quota.seat_not_given_back", expires_in_s=SEAT_TTL_S)
 
-
-async def _renew(coordination: Coordination, key: str, member: str, limit: int) -> None:
-    while True:
-        await asyncio.sleep(RENEW_S)
+    async def renew() -> None:
         try:
             await coordination.seat(key, member, limit, SEAT_TTL_S)
         except CoordinationUnavailable:
             log.warning("quota.seat_not_renewed")
+
+    try:
+        with beating(RENEW_S, renew):
+            yield
+    finally:
+        try:
+            await coordination.leave(key, member)
+        except CoordinationUnavailable:
+            log.warning("quota.seat_not_given_back", expires_in_s=SEAT_TTL_S)
 
 
 async def _spend(coordination: Coordination, tenant_id: UUID, per_minute: int | None) -> None:

@@ -4,8 +4,8 @@
 goes through a second role and wants a reason in words. Both commit when their block ends and roll back when it raises;
 a `commit()` inside is an error of SQLAlchemy's own. Outside them nothing is bound and every tenant table looks empty.
 
-`database.step(id)` is the first door again for the statements that every request takes: asyncpg alone, at a tenth of
-what SQLAlchemy costs the event loop.
+`database.once` is the first door again for functions of the database that every request calls, and that bind the tenant
+themselves: asyncpg alone, at a tenth of what SQLAlchemy costs the event loop.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ log = structlog.get_logger()
 
 Transaction: TypeAlias = AsyncConnection
 """An open transaction. It ends with the `async with` that gave it."""
-
-Step: TypeAlias = "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]"
-"""An open transaction for one or two statements, with asyncpg's own `$1`."""
 
 CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 15
@@ -62,9 +59,9 @@ def _engine(url: URL, pool: int) -> AsyncEngine:
     )
 
 
-async def _step_pool(url: URL, size: int) -> asyncpg.Pool[asyncpg.Record]:
-    """Connections for steps, opened as they are needed. What one changes ends with its transaction, so nothing is reset
-    between two; and the plan of a step does not depend on its values, so it is made once."""
+async def _single_statements(url: URL, size: int) -> asyncpg.Pool[asyncpg.Record]:
+    """Connections for `once`, opened as they are needed. Whatever a statement changes of them ends with it, so nothing
+    is reset between two; and its plan does not depend on its values, so it is made once."""
     given = PGDialect_asyncpg().create_connect_args(url)[1]  # type: ignore[no-untyped-call]
     where = {name: value for name, value in given.items() if not name.startswith("prepared_statement_")}
     return await asyncpg.create_pool(
@@ -87,14 +84,14 @@ def _to_json(value: object) -> str:
 
 
 class Database:
-    """A pool per role; the app role's has a half apart for steps."""
+    """A pool per role; a half of the app role's is apart, for `once`."""
 
     def __init__(self, app_url: str, system_url: str, *, pool: int = 10):
         self._app_url = async_url(app_url)
         self._app = _engine(self._app_url, max(1, pool - pool // 2))
         self._system = _engine(async_url(system_url), pool)
-        self._step_connections = max(1, pool // 2)
-        self._steps: asyncpg.Pool[asyncpg.Record] | None = None
+        self._single_connections = max(1, pool // 2)
+        self._single: asyncpg.Pool[asyncpg.Record] | None = None
 
     @asynccontextmanager
     async def tenant(self, tenant_id: UUID) -> AsyncIterator[Transaction]:
@@ -103,20 +100,14 @@ class Database:
             await tx.execute(_BIND_TENANT, {"tenant": str(tenant_id)})
             yield tx
 
-    @asynccontextmanager
-    async def step(self, tenant_id: UUID) -> AsyncIterator[Step]:
-        """The same without SQLAlchemy."""
-        if self._steps is None:
-            self._steps = await _step_pool(self._app_url, self._step_connections)
-        async with self._steps.acquire(timeout=CONNECT_TIMEOUT_S) as step:
-            try:
-                # A UUID's digits can be nothing but a literal, and so both commands go in one message.
-                await step.execute(f"begin; select set_config('app.tenant_id', '{UUID(int=tenant_id.int)}', true)")
-                yield step
-                await step.execute("commit")
-            except BaseException:
-                await _roll_back(step)
-                raise
+    async def once(self, statement: str, *values: object) -> asyncpg.Record | None:
+        """The first row of one statement in the app role, with asyncpg's own `$1`: a transaction of its own, which
+        binds its tenant itself or sees none."""
+        if self._single is None:
+            self._single = await _single_statements(self._app_url, self._single_connections)
+        async with self._single.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
+            row: asyncpg.Record | None = await connection.fetchrow(statement, *values)
+            return row
 
     @asynccontextmanager
     async def across_tenants(self, reason: str) -> AsyncIterator[Transaction]:
@@ -131,17 +122,7 @@ class Database:
             await connection.execute(text("select 1"))
 
     async def aclose(self) -> None:
-        if self._steps is not None:
-            await self._steps.close()
+        if self._single is not None:
+            await self._single.close()
         await self._app.dispose()
         await self._system.dispose()
-
-
-async def _roll_back(step: Step) -> None:
-    """A connection that does not do even that is nothing for the next one."""
-    try:
-        await step.execute("rollback")
-    except BaseException as error:
-        step.terminate()
-        if not isinstance(error, (OSError, asyncpg.PostgresError, asyncpg.InterfaceError)):
-            raise

@@ -29,7 +29,7 @@ LONGEST_URL = 2000
 MOST_ADDRESSES = 16
 TRIES = 3
 """Addresses of one host that are tried, one after the other."""
-LOOKUPS = 8
+LOOKUPS = 32
 REDIRECTS = (301, 302, 303, 307, 308)
 
 Lookup: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]

@@ -24,7 +24,7 @@ from sqlalchemy import Row, text
 
 from runtime.database import Database, Transaction
 from runtime.egress import Egress, Limits
-from runtime.errors import StenogateError
+from runtime.errors import Misconfigured, StenogateError
 from runtime.ids import show
 from runtime.sealing import Sealer
 from runtime.telemetry import WEBHOOK_ATTEMPTS
@@ -196,7 +196,8 @@ async def _record(tx: Transaction, claimed: _Claimed, outcome: _Outcome) -> str:
         await tx.execute(_END, named | {"ended": "delivered"})
         await tx.execute(_WELL, named)
         return "delivered"
-    await tx.execute(_ILL, named | {"most": QUIET_MOST_S})
+    if outcome.word != Misconfigured.code:  # that is not the endpoint's doing
+        await tx.execute(_ILL, named | {"most": QUIET_MOST_S})
     if outcome.status == GONE:
         await tx.execute(_END, named | {"ended": "failed"})
         await endpoints.disable(tx, claimed.tenant_id, claimed.endpoint_id, "gone")

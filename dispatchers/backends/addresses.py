@@ -6,12 +6,16 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
+import aiohttp
 import httpx
+from aiohttp.abc import AbstractResolver, ResolveResult
 
-from dispatchers.backends.engine import PATIENCE, POOL
+from dispatchers.backends.engine import KEPT_S, PATIENCE
+from dispatchers.backends.transport import AiohttpTransport, tls
 
 Lookup: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
 """The addresses of a host. Raises `OSError`."""
@@ -41,21 +45,29 @@ def is_address(host: str) -> bool:
 
 
 def at_address(url: str, address: str, token: str | None) -> httpx.AsyncClient:
-    """A client for the engine that listens at this address of the URL's host. It holds the engine's token."""
+    """A client for the engine that listens at this address of the URL's host; the host stays the one that is spoken to,
+    in the request's head and for its certificate. It holds the engine's token."""
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
-    transport = _AtAddress(address)
+    connector = partial(aiohttp.TCPConnector, resolver=_Known(address), ssl=tls())
+    transport = AiohttpTransport(connections=0, idle_s=KEPT_S, connector=connector)
     return httpx.AsyncClient(transport=transport, base_url=url, headers=headers, timeout=PATIENCE, trust_env=False)
 
 
-class _AtAddress(httpx.AsyncHTTPTransport):
-    """Connects to one address, whatever the URL's host. The host stays the one that is spoken to, in the request's head
-    and for its certificate."""
+class _Known(AbstractResolver):
+    """Has looked up already."""
 
     def __init__(self, address: str) -> None:
-        super().__init__(limits=POOL)
         self._address = address
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        request.extensions = {**request.extensions, "sni_hostname": request.url.host}
-        request.url = request.url.copy_with(host=self._address)
-        return await super().handle_async_request(request)
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        kind = socket.AF_INET6 if ":" in self._address else socket.AF_INET
+        return [
+            ResolveResult(
+                hostname=host, host=self._address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST
+            )
+        ]
+
+    async def close(self) -> None:
+        pass

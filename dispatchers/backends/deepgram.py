@@ -12,7 +12,7 @@ from functools import partial
 from urllib.parse import urlencode
 
 from dispatchers.adapters.outbox import Outbox
-from dispatchers.audio.encode import MEDIA_TYPES, Form, encoder
+from dispatchers.audio.encode import MEDIA_TYPES
 from dispatchers.backends.deepgram_live import PATIENT, LiveStream, Patience
 from dispatchers.backends.deepgram_wire import (
     LANGUAGES,
@@ -20,15 +20,13 @@ from dispatchers.backends.deepgram_wire import (
     Alternative,
     Recorded,
     SaidUtterance,
-    clean,
-    language_of,
     live_query,
-    model_of,
     recorded_query,
-    sayable,
     words_of,
 )
+from dispatchers.backends.recording import file_of
 from dispatchers.backends.relay import Account, at_ms, client, parsed, understood, whole
+from dispatchers.backends.said import clean, language_of, model_of, sayable
 from dispatchers.deltas import Deltas
 from dispatchers.errors import AudioTooLong
 from dispatchers.interface import (
@@ -51,11 +49,6 @@ EU_BASE_URL = "https://api.eu.deepgram.com"
 MODELS = ("nova-3", "nova-2")
 LONGEST_MS = 60 * 60 * 1000
 """Far below Deepgram's own limits (2 GB, 10 min of work): the words of an hour fit in the longest answer we read."""
-
-FLAC_FROM_BYTES = 1024 * 1024
-"""A recording above this is packed before it is sent: half the bytes, for 20 ms of a core a minute."""
-_AT_ONCE = 512 * 1024
-"""Samples packed in one go."""
 _LARGE_BYTES = 256 * 1024
 """An answer above this is read in a thread."""
 _ENDLESS_S = 1e9
@@ -91,7 +84,7 @@ class DeepgramRelay:
         if to_ms(len(audio)) > LONGEST_MS:
             raise AudioTooLong(f"{self._account.backend} takes {LONGEST_MS // 60_000} minutes at once.", param="file")
         origin, query = self.origin(options.model), recorded_query(self._account, options)
-        form, content = _file(audio)
+        form, content = file_of(audio)
         async with (
             understood(self._account, self._patience.recorded_s),
             self._http.stream(
@@ -121,21 +114,6 @@ class DeepgramRelay:
     async def aclose(self) -> None:
         """Closes the connections, except those of live streams."""
         await self._http.aclose()
-
-
-def _file(audio: Samples) -> tuple[Form, bytes | AsyncIterator[bytes]]:
-    if audio.nbytes > FLAC_FROM_BYTES:
-        return "flac", _packed(audio)
-    wav = encoder("wav", len(audio))
-    return "wav", wav.feed(audio) + wav.end()
-
-
-async def _packed(audio: Samples) -> AsyncIterator[bytes]:
-    """FLAC, a piece at a time: the recording may be mapped from a file."""
-    flac = encoder("flac", len(audio))
-    for at in range(0, len(audio), _AT_ONCE):
-        yield await asyncio.to_thread(flac.feed, audio[at : at + _AT_ONCE])
-    yield await asyncio.to_thread(flac.end)
 
 
 def _transcript(said: Recorded, length_ms: int, options: Options, origin: Origin) -> Transcript:

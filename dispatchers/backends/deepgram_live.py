@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from urllib.parse import urlencode
-
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from dispatchers.adapters.outbox import Outbox
 from dispatchers.backends.deepgram_utterances import Utterances
@@ -31,9 +26,9 @@ from dispatchers.backends.deepgram_wire import (
     UtteranceEnd,
     load_message,
 )
-from dispatchers.backends.relay import CONNECT_S, Account, refusal
-from dispatchers.backends.transport import tls
-from dispatchers.errors import BackendError, BackendFailed, BackendTimeout, BackendUnavailable, BadAnswer
+from dispatchers.backends.relay import CONNECT_S, Account
+from dispatchers.backends.relay_socket import RelaySocket, connected, late
+from dispatchers.errors import BackendFailed
 from dispatchers.interface import (
     SAMPLE_RATE,
     Clear,
@@ -47,9 +42,6 @@ from dispatchers.interface import (
     StreamInput,
     to_ms,
 )
-
-_quiet = logging.getLogger(__name__)
-_quiet.setLevel(logging.WARNING)  # below that, websockets logs headers and frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +59,9 @@ class Patience:
 
 
 PATIENT = Patience()
-CLOSE_S = 1.0
-PING_S, PONG_S = 10.0, 20.0
-MESSAGE_BYTES = 256 * 1024
-_FRAMES_WAITING = 16
 _BITE = SAMPLE_RATE // 4
 """Samples in one frame, however much comes at once."""
 
-_UNREADABLE = {1002, 1003, 1007, 1009}  # what we say when we close: RFC 6455, section 7.4.1
-_AWAY = {1001, 1012, 1013}
 _KEEP_ALIVE, _FINALIZE, _CLOSE = (json.dumps({"type": kind}) for kind in ("KeepAlive", "Finalize", "CloseStream"))
 
 
@@ -114,7 +100,9 @@ class LiveStream:
         return to_ms(self._sent)
 
     async def _talk(self, first: Samples, rest: AsyncIterator[StreamInput]) -> None:
-        async with self._connected() as socket, asyncio.TaskGroup() as tasks:
+        headers = {"Authorization": f"Token {self._account.key}"}
+        opening = connected(self._account, self._address, headers, connect_s=self._patience.connect_s)
+        async with opening as socket, asyncio.TaskGroup() as tasks:
             speaking = tasks.create_task(self._speak(socket, first, rest))
             alive = tasks.create_task(self._keep_alive(socket))
             await self._listen(socket)
@@ -128,7 +116,7 @@ class LiveStream:
 
     # --- what we say ---
 
-    async def _speak(self, socket: ClientConnection, first: Samples, rest: AsyncIterator[StreamInput]) -> None:
+    async def _speak(self, socket: RelaySocket, first: Samples, rest: AsyncIterator[StreamInput]) -> None:
         await self._send_audio(socket, first)
         async for item in rest:
             match item:
@@ -146,14 +134,14 @@ class LiveStream:
             self._closing.reschedule(self._ended_at + self._patience.drain_s)
         await self._send(socket, _CLOSE)
 
-    async def _send_audio(self, socket: ClientConnection, samples: Samples) -> None:
+    async def _send_audio(self, socket: RelaySocket, samples: Samples) -> None:
         for at in range(0, len(samples), _BITE):
             bite = samples[at : at + _BITE]
             self._sent += len(bite)
             self._unanswered += len(bite)
             await self._send(socket, bite.astype("<i2", copy=False).tobytes())
 
-    async def _finalize(self, socket: ClientConnection) -> None:
+    async def _finalize(self, socket: RelaySocket) -> None:
         """What was sent is final when this returns, or Deepgram has nothing to say of it."""
         if self._utterances.covers(self._heard_ms):
             return
@@ -165,7 +153,7 @@ class LiveStream:
         except TimeoutError:
             pass
 
-    async def _keep_alive(self, socket: ClientConnection) -> None:
+    async def _keep_alive(self, socket: RelaySocket) -> None:
         """Words that nothing follows are asked to be made final: Deepgram's clock stands still without audio."""
         while self._ended_at is None:
             idle_s = self._loop.time() - self._sent_at
@@ -174,36 +162,30 @@ class LiveStream:
             else:
                 await self._send(socket, _FINALIZE if self._utterances.unsure else _KEEP_ALIVE)
 
-    async def _send(self, socket: ClientConnection, frame: str | bytes) -> None:
+    async def _send(self, socket: RelaySocket, frame: str | bytes) -> None:
         self._sent_at = self._loop.time()
-        with self._unbroken():
-            try:
-                async with asyncio.timeout(self._patience.silent_s):
-                    await socket.send(frame)
-            except TimeoutError:
-                raise self._late() from None
+        await socket.send(frame, self._patience.silent_s)
 
     # --- what we hear ---
 
-    async def _listen(self, socket: ClientConnection) -> None:
+    async def _listen(self, socket: RelaySocket) -> None:
         """To the last message."""
         try:
             async with asyncio.timeout(None) as self._closing:
                 while not (isinstance(message := await self._next(socket), Metadata) and self._ended_at is not None):
                     await self._heed(message)
         except TimeoutError:
-            raise self._late() from None
+            raise late(self._account) from None
 
-    async def _next(self, socket: ClientConnection) -> Message | None:
+    async def _next(self, socket: RelaySocket) -> Message | None:
         self._unanswered, since = 0, self._loop.time()
         while True:
             try:
-                with self._unbroken():
-                    async with asyncio.timeout(self._patience.silent_s):
-                        frame = await socket.recv()
+                async with asyncio.timeout(self._patience.silent_s):
+                    frame = await socket.recv()
             except TimeoutError:
                 if self._is_late(since):
-                    raise self._late() from None
+                    raise late(self._account) from None
             else:
                 return load_message(self._account, frame)
 
@@ -226,79 +208,3 @@ class LiveStream:
                 await self._tell(self._utterances.ended(last_word_end, self._heard_ms))
             case Error():
                 raise BackendFailed(f"{self._account.backend} cannot go on with the stream.")
-
-    # --- the socket ---
-
-    @asynccontextmanager
-    async def _connected(self) -> AsyncIterator[ClientConnection]:
-        """Left early, it is closed at once, whether or not Deepgram listens."""
-        try:
-            socket = await self._connect()
-        except InvalidStatus as refused:
-            raise refusal(self._account, refused.response.status_code, refused.response.headers) from None
-        except WebSocketException:
-            raise BadAnswer(f"{self._account.backend} does not speak as expected.") from None
-        except TimeoutError:
-            raise self._late() from None
-        except OSError as error:
-            raise BackendUnavailable(f"{self._account.backend} cannot be reached.") from error
-        try:
-            yield socket
-        finally:
-            await _close(socket)
-
-    async def _connect(self) -> ClientConnection:
-        return await _Connect(
-            self._address,
-            additional_headers={"Authorization": f"Token {self._account.key}"},
-            ssl=tls() if self._address.startswith("wss:") else None,
-            proxy=None,
-            logger=_quiet,
-            compression=None,  # noise to a compressor
-            open_timeout=self._patience.connect_s,
-            close_timeout=CLOSE_S,
-            ping_interval=PING_S,
-            ping_timeout=PONG_S,
-            max_size=MESSAGE_BYTES,
-            max_queue=_FRAMES_WAITING,
-        )
-
-    @contextmanager
-    def _unbroken(self) -> Iterator[None]:
-        """What it means that the socket is closed; the reason given may repeat anything."""
-        try:
-            yield
-        except ConnectionClosed as closed:
-            raise _broken(self._account, closed) from None
-
-    def _late(self) -> BackendTimeout:
-        return BackendTimeout(f"{self._account.backend} did not answer in time.")
-
-
-class _Connect(connect):
-    """To the account's provider and to nobody else."""
-
-    def process_redirect(self, exc: Exception) -> Exception | str:
-        return exc
-
-
-async def _close(socket: ClientConnection) -> None:
-    try:
-        async with asyncio.timeout(CLOSE_S):  # its own does not cover a peer that does not read
-            await socket.close()
-    except TimeoutError:
-        pass
-    finally:
-        socket.transport.abort()
-        await socket.wait_closed()
-
-
-def _broken(account: Account, closed: ConnectionClosed) -> BackendError:
-    ours = closed.sent if closed.sent is not None and not closed.rcvd_then_sent else None
-    if ours is not None and ours.code in _UNREADABLE:
-        return BadAnswer(f"The answer of {account.backend} cannot be read.")
-    if closed.rcvd is None:
-        return BackendFailed(f"The connection to {account.backend} broke.")
-    if closed.rcvd.code in _AWAY:
-        return BackendUnavailable(f"{account.backend} is not available (close {closed.rcvd.code}).")
-    return BackendFailed(f"{account.backend} ended the stream (close {closed.rcvd.code}).")

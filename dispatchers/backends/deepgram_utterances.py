@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dispatchers.backends.deepgram_wire import Alternative, Results, clean, known, language_of, sayable, share, words_of
+from dispatchers.backends.deepgram_wire import Alternative, Results, words_of
 from dispatchers.backends.relay import at_ms
+from dispatchers.backends.said import clean, known, language_of, sayable, share
 from dispatchers.deltas import Deltas
 from dispatchers.interface import Cleared, Delta, Event, Final, Gap, Options, Partial, SpeechStarted, Word
 

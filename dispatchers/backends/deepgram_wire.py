@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from dispatchers.backends.relay import Account, Seconds, at_ms, parsed, plain
-from dispatchers.errors import BadAnswer, UnknownModel, UnsupportedOption
+from dispatchers.backends.relay import Account, Seconds, at_ms, parsed
+from dispatchers.backends.said import Answered, Code, Share, Text, clean, model_of, share
+from dispatchers.errors import UnsupportedOption
 from dispatchers.interface import SAMPLE_RATE, Options, Word
-from dispatchers.languages import NAMES
 
 LISTEN = "/v1/listen"
 _LANGUAGES = """
@@ -23,26 +23,14 @@ pt ro ru sk sl sr sv ta te th tl tr uk ur vi yue zh
 LANGUAGES = frozenset(_LANGUAGES.split())
 """What Nova-3 is told to recognise; Nova-2 knows fewer."""
 
-UNKNOWN_LANGUAGE = "und"
-"""ISO 639-2: nobody said."""
-
 KEYTERMS_MOST = 100
-SIGNS_AT_ONCE, MS_A_SIGN = 1000, 5
 UTTERANCE_END_LEAST_MS = 1000
 _MULTILINGUAL = ("nova-2", "nova-2-general", "nova-3", "nova-3-general")
 _WIRE_CODES = {"yue": "zh-HK"}
-_OUR_CODES = {wire.lower(): ours for ours, wire in _WIRE_CODES.items()}
 
 Query: TypeAlias = list[tuple[str, str]]
 
 # --- what is asked ------------------------------------------------------------------------------------------------
-
-
-def model_of(account: Account, name: str) -> str:
-    """The model asked for, or the default. Raises `UnknownModel`."""
-    if name and name not in account.models:
-        raise UnknownModel(param="model")
-    return name or account.models[0]
 
 
 def recorded_query(account: Account, options: Options) -> Query:
@@ -101,16 +89,7 @@ def _wire_code(language: str) -> str:
 # --- what is answered ---------------------------------------------------------------------------------------------
 
 
-class _Answered(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-
-Share: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
-Text: TypeAlias = Annotated[str, Field(max_length=1_000_000)]
-Code: TypeAlias = Annotated[str, Field(max_length=35)]
-
-
-class SaidWord(_Answered):
+class SaidWord(Answered):
     """A word. Nothing but the word itself and its times is sure to be there."""
 
     word: Annotated[str, Field(max_length=1000)]
@@ -121,37 +100,37 @@ class SaidWord(_Answered):
     language: Code | None = None
 
 
-class Alternative(_Answered):
+class Alternative(Answered):
     transcript: Text
     confidence: Share = 0.0
     words: tuple[SaidWord, ...] = ()
     languages: tuple[Code, ...] = ()
 
 
-class Channel(_Answered):
+class Channel(Answered):
     alternatives: Annotated[tuple[Alternative, ...], Field(min_length=1, max_length=100)]
     detected_language: Code | None = None
 
 
-class SaidUtterance(_Answered):
+class SaidUtterance(Answered):
     start: Seconds
     end: Seconds
     transcript: Text
     words: tuple[SaidWord, ...] = ()
 
 
-class _Found(_Answered):
+class _Found(Answered):
     channels: Annotated[tuple[Channel, ...], Field(min_length=1, max_length=1)]
     utterances: tuple[SaidUtterance, ...] = ()
 
 
-class Recorded(_Answered):
+class Recorded(Answered):
     """The answer to a recording."""
 
     results: _Found
 
 
-class Results(_Answered):
+class Results(Answered):
     """What is heard from `start` on, for so long. `is_final`: it will not change; `speech_final`: a pause follows;
     `from_finalize`: it answers a `Finalize`."""
 
@@ -163,21 +142,21 @@ class Results(_Answered):
     channel: Channel
 
 
-class SpeechBegan(_Answered):
+class SpeechBegan(Answered):
     timestamp: Seconds
 
 
-class UtteranceEnd(_Answered):
+class UtteranceEnd(Answered):
     """A gap after the last final word, which ended there; -1 where there was no word."""
 
     last_word_end: Seconds
 
 
-class Metadata(_Answered):
+class Metadata(Answered):
     """The last message: everything has been answered."""
 
 
-class Error(_Answered):
+class Error(Answered):
     """Deepgram could not read what we sent, or cannot go on."""
 
 
@@ -192,7 +171,7 @@ _MESSAGES: dict[str, type[Message]] = {
 }
 
 
-class _Kind(_Answered):
+class _Kind(Answered):
     type: Annotated[str, Field(max_length=100)]
 
 
@@ -205,11 +184,6 @@ def load_message(account: Account, frame: str | bytes) -> Message | None:
 # --- in our words -------------------------------------------------------------------------------------------------
 
 
-def clean(text: str) -> str:
-    """Single spaces between words and none around them."""
-    return " ".join(plain(text).split())
-
-
 def words_of(said: tuple[SaidWord, ...], start_ms: int, end_ms: int) -> tuple[Word, ...]:
     """Words in the order of their times, all within these."""
     words: list[Word] = []
@@ -219,25 +193,3 @@ def words_of(said: tuple[SaidWord, ...], start_ms: int, end_ms: int) -> tuple[Wo
             from_ms = at_ms(one.start, from_ms, end_ms)
             words.append(Word(text, from_ms, at_ms(one.end, from_ms, end_ms), share(one.confidence)))
     return tuple(words)
-
-
-def sayable(signs: int, within_ms: int) -> None:
-    """Raises `BadAnswer` for more code points than anybody says in that time, however fast."""
-    if signs > SIGNS_AT_ONCE + within_ms // MS_A_SIGN:
-        raise BadAnswer("The recogniser says more than can have been said. Try again.")
-
-
-def share(said: float) -> float:
-    """0 to 1."""
-    return min(max(said, 0.0), 1.0)
-
-
-def known(tag: str) -> str | None:
-    """The code of a BCP 47 tag, if that is a language we know."""
-    code = _OUR_CODES.get(tag.lower(), tag.lower().partition("-")[0])
-    return code if code in NAMES else None
-
-
-def language_of(tag: str | None, asked: str | None) -> str:
-    """The code of the language that was said, or else asked for, if either was."""
-    return known(tag or "") or asked or UNKNOWN_LANGUAGE

@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import aiohttp
 import httpx
 import structlog
 
+from dispatchers.backends.transport import AiohttpTransport
 from dispatchers.engine import wire
 from dispatchers.engine.wire import ModelCard, Status
 from dispatchers.errors import (
@@ -42,7 +45,8 @@ log = structlog.get_logger()
 
 SILENT_S = 3 * wire.HEARTBEAT_S
 PATIENCE = httpx.Timeout(SILENT_S, connect=5.0)
-POOL = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0)
+KEPT_S = 30.0
+"""A connection without use is kept for so long, which is less than the engine keeps it."""
 AT_ONCE = 1024 * 1024
 """Bytes of audio sent in one piece."""
 MOST_SAID = 16 * 1024 * 1024
@@ -53,7 +57,8 @@ BUSY_S, IDLE_S = 0.25, 5.0
 
 def over_socket(path: Path) -> httpx.AsyncClient:
     """A client for the engine that listens there."""
-    transport = httpx.AsyncHTTPTransport(uds=str(path), limits=POOL)
+    connector = partial(aiohttp.UnixConnector, path=str(path))
+    transport = AiohttpTransport(connections=0, idle_s=KEPT_S, connector=connector)
     return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=PATIENCE, trust_env=False)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 
 import aiohttp
 import httpx
@@ -16,16 +16,20 @@ AT_ONCE = 512 * 1024
 
 
 class AiohttpTransport(httpx.AsyncBaseTransport):
-    """HTTP/1.1 over at most `connections` at once, each kept for `idle_s` without use. Of httpx's time-outs, `write` is
-    not known to it: who may not wait for ever for a server to read has a deadline of their own.
+    """HTTP/1.1 over at most `connections` at once (0: any number), each kept for `idle_s` without use; `connector`
+    makes what connects, where it is not the usual one. Of httpx's time-outs, `write` is not known to it: who may not
+    wait for ever for a server to read has a deadline of their own.
 
     A request that is cancelled, or an answer that is left before its end, closes its connection. Use from one event
     loop. Raises what httpx raises.
     """
 
-    def __init__(self, *, connections: int, idle_s: float) -> None:
+    def __init__(
+        self, *, connections: int, idle_s: float, connector: Callable[..., aiohttp.BaseConnector] | None = None
+    ) -> None:
         self._connections = connections
         self._idle_s = idle_s
+        self._connector = connector or partial(aiohttp.TCPConnector, ssl=tls())
         self._session: aiohttp.ClientSession | None = None  # aiohttp wants to be made in its loop
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -55,7 +59,7 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=self._idle_s, ssl=tls()),
+                connector=self._connector(limit=self._connections, keepalive_timeout=self._idle_s),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
             )

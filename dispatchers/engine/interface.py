@@ -21,7 +21,10 @@ class Recognised:
 
 class Engine(Protocol):
     """A loaded model. `workers` calls of `transcribe` run truly side by side; more only wait for each other, unless
-    they are members of one `Meeting`: up to `batch_limit` of one `kind` are then recognised by one worker in one go."""
+    they are members of one `Meeting`: up to `batch_limit` of one `kind` are then recognised by one worker in one go.
+
+    An engine may have an attribute `spread`: if it is true, a batch costs nearly what its pieces cost one by one, so
+    the workers share what waits, instead of one taking all of it."""
 
     @property
     def spec(self) -> ModelSpec: ...

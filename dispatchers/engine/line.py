@@ -65,6 +65,10 @@ class Line:
             del self._queues[piece.share]
         return True
 
+    def count(self, kind: Hashable) -> int:
+        """How many of this kind wait."""
+        return sum(piece.kind == kind for queue in self._queues.values() for piece in queue)
+
     def choose(self, kind: Hashable | None = None) -> Piece | None:
         """Who is next, of any kind or of this one."""
         for share in sorted(self._queues, key=self._served.__getitem__):

@@ -59,10 +59,14 @@ class _Worker:
 class Scheduler:
     """Runs blocking functions on `workers` workers, each of which takes up to `batch_limit` pieces of one kind at once.
     `queue_limit` holds for each class by itself, so that waiting batches never refuse a final. `measured`: it tells the
-    engine's metrics. Use from one event loop."""
+    engine's metrics. `spread`: no worker takes more than its part of what waits, nor waits for company. Use from one
+    event loop."""
 
-    def __init__(self, workers: int, queue_limit: int, *, batch_limit: int = 1, measured: bool = False) -> None:
+    def __init__(
+        self, workers: int, queue_limit: int, *, batch_limit: int = 1, spread: bool = False, measured: bool = False
+    ) -> None:
         self.workers = workers
+        self._spread = spread
         self._queue_limit = queue_limit
         self._batch_limit = batch_limit
         self._measured = measured
@@ -75,6 +79,7 @@ class Scheduler:
         self._mean_s = 1.0
         self._live_mean_s = 1.0
         self._rhythm = Rhythm()
+        self._gathering = False
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._urgent_waiting = False  # read by threads
@@ -220,9 +225,14 @@ class Scheduler:
         """Gives the free workers what is next."""
         while self._busy < self.workers and (piece := self._next()) is not None:
             if (wait_s := self._window(piece)) > 0:
+                self._gathering = True
                 self._timer = self._timer or self._loop_of(piece).call_later(wait_s, self._window_over)
                 break
-            self._begin(self._company(piece))
+            company = self._company(piece)
+            if self._gathering:
+                self._gathering = False
+                self._rhythm.gathered(self._loop_of(piece).time(), company=len(company) > 1)
+            self._begin(company)
         self._look()
 
     def _next(self) -> Piece | None:
@@ -241,18 +251,24 @@ class Scheduler:
 
     def _company(self, first: Piece) -> list[Piece]:
         """`first` and what may run with it, by the same order."""
-        pieces = [first]
+        pieces, most = [first], self._most_together(first)
         self._take(first)
         if first.kind is None:
             return pieces
         for line in self._lines.values():
-            while len(pieces) < self._batch_limit and (piece := line.choose(first.kind)) is not None:
+            while len(pieces) < most and (piece := line.choose(first.kind)) is not None:
                 if piece.turn.done():
                     self._leave(piece)
                 else:
                     self._take(piece)
                     pieces.append(piece)
         return pieces
+
+    def _most_together(self, piece: Piece) -> int:
+        if not self._spread or piece.kind is None or self._batch_limit == 1:
+            return self._batch_limit
+        alike = sum(line.count(piece.kind) for line in self._lines.values())
+        return min(self._batch_limit, -(-alike // self.workers))
 
     def _take(self, piece: Piece) -> None:
         self._lines[piece.urgency].take(piece)
@@ -315,7 +331,7 @@ class Scheduler:
     def _window(self, piece: Piece) -> float:
         """How long yet `piece` waits for company: not at all where the next is not expected within the window."""
         missing = self._batch_limit - self.waiting
-        if piece.kind is None or missing <= 0:
+        if piece.kind is None or missing <= 0 or self._spread:
             return 0.0
         now = self._loop_of(piece).time()
         return piece.joined + self._rhythm.window(missing, now) - now

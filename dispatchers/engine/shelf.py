@@ -210,7 +210,13 @@ class Shelf:
         except Exception as error:
             kind = type(error).__name__
             raise BackendUnavailable(f"The model {spec.name} cannot be loaded ({kind}: {error}).") from error
-        scheduler = Scheduler(engine.workers, self._queue_limit, batch_limit=engine.batch_limit, measured=True)
+        scheduler = Scheduler(
+            engine.workers,
+            self._queue_limit,
+            batch_limit=engine.batch_limit,
+            spread=getattr(engine, "spread", False),
+            measured=True,
+        )
         self._loaded[spec.name] = loaded = Loaded(engine, scheduler)
         self._specs[spec.name] = spec
         self._asked.pop(spec.name, None)

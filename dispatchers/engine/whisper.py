@@ -95,6 +95,7 @@ class WhisperEngine:
         except (RuntimeError, ValueError) as error:
             raise BackendUnavailable(f"The model {spec.name} cannot be loaded: {error}") from error
         on_gpu = self._model.model.device == "cuda"
+        self.spread = not on_gpu
         self.batch_limit = batch_limit or (_BATCH_ON_GPU if on_gpu else _BATCH_ON_CPU)
         self._first_special = int(self._model.hf_tokenizer.token_to_id("<|endoftext|>"))
 

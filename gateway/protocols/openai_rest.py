@@ -98,7 +98,7 @@ class _Asked:
 
 async def _answer(request: Request, task: Task) -> Response:
     gateway = gateway_of(request)
-    caller = await caller_of(request, "transcribe")
+    caller = await caller_of(request, "transcribe", lately=True)
     body = (await gateway.door.policy(caller)).body
     limits = _Limits.of(body, gateway.settings)
     folder = gateway.settings.data_dir / "uploads"

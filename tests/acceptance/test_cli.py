@@ -98,6 +98,33 @@ def test_a_policy_is_shown_changed_and_refused(gateway: LocalGateway, data_dir: 
     assert "Traceback" not in wrong.stderr
 
 
+def test_a_policys_versions_are_scheduled_compared_and_rolled_back(gateway: LocalGateway, data_dir: Path) -> None:
+    def policy(verb: str, *words: str, **more: str) -> str:
+        return ok(data_dir, "policy", verb, "--tenant", "versioned", *words, **more)
+
+    ok(data_dir, "tenant", "create", "versioned")
+    policy("set", "-", stdin='{"max_streams": 2}')
+    assert policy("diff", "1", "2") == "max_streams: 8 → 2\n"
+    assert "2099-01-01" in policy("set", "-", "--from", "2099-01-01T00:00Z", stdin='{"max_streams": 3}')
+    listed = policy("list")
+    assert all(status in listed for status in ("scheduled", "in force", "past"))
+    policy("withdraw", "3")
+    assert "version 4 is in force" in policy("rollback", "1")
+    assert json.loads(policy("show", "--version", "2"))["body"]["max_streams"] == 2
+    assert json.loads(policy("show"))["body"]["max_streams"] == 8
+
+    assert policy("check", "-", stdin='{"max_streams": 1}') == "max_streams: 8 → 1\n"
+    draft = '{"backends": ["deepgrm"], "aliases": {"a": "b", "b": "a"}}'
+    for words in (("check", "-"), ("set", "-", "--newest", "4")):
+        wrong = stenogate(data_dir, "policy", words[0], "--tenant", "versioned", *words[1:], stdin=draft)
+        assert wrong.returncode == 1
+        assert "circle" in wrong.stdout + wrong.stderr
+    late = stenogate(data_dir, "policy", "set", "-t", "versioned", "-", "--newest", "2", stdin="{}")
+    assert (late.returncode, "Version 4 was put meanwhile" in late.stderr) == (1, True)
+    past = stenogate(data_dir, "policy", "set", "-t", "versioned", "-", "--from", "2020-01-01", stdin="{}")
+    assert (past.returncode, "has passed" in past.stderr) == (1, True)
+
+
 def test_a_file_goes_as_a_stream_as_text_and_as_subtitles(gateway: LocalGateway, data_dir: Path) -> None:
     assert ok(data_dir, "transcribe", str(CLIP), "--stream", "--model", "micro") == f"{SAID}\n"
     subtitles = ok(data_dir, "transcribe", str(CLIP), "--model", "micro", "--format", "srt")

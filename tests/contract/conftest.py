@@ -13,6 +13,7 @@ from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
+from dispatchers.backends.assemblyai import AssemblyAIRelay
 from dispatchers.backends.deepgram import DeepgramRelay
 from dispatchers.backends.local import LocalBackend
 from dispatchers.backends.openai import OpenAIRelay, Quirks
@@ -25,15 +26,17 @@ from dispatchers.local import engine_child
 from dispatchers.providers import PROVIDERS
 from runtime.settings import Settings
 from tests.engines import TOKEN, engine_process
-from tests.providers.deepgram import Said, deepgram_server
+from tests.providers.assemblyai import assemblyai_server
+from tests.providers.deepgram import deepgram_server
 from tests.providers.openai import GROQ, OPENAI, Flavour, openai_server
+from tests.providers.script import Said
 
 SCRIPT: tuple[Said, ...] = (
     *(("where", 0.45, 0.76), ("is", 0.76, 0.94), ("the", 0.94, 1.12), ("hospital", 1.12, 1.79)),
     *(("please", 3.1, 3.52), ("update", 3.52, 4.08), ("my", 4.08, 4.28), ("project", 4.28, 4.92)),
     *(("before", 4.92, 5.34), ("sunday", 5.34, 5.95), ("thank", 6.5, 6.88)),
 )
-"""What is said in `speech`, for providers that do not listen."""
+"""What is said in `speech`, for recognisers that are not here."""
 
 FURTHER = Path(__file__).parents[1] / "fixtures/further"
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
@@ -76,22 +79,23 @@ def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]
     return hosted
 
 
-class HostedDeepgram(DeepgramRelay):
-    """The same at Deepgram."""
-
-    hosts: AsyncExitStack
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self.hosts.aclose()
-
-
 async def deepgram() -> Dispatcher:
-    hosts = AsyncExitStack()
-    server = await hosts.enter_async_context(deepgram_server(SCRIPT))
-    made = HostedDeepgram(server.account())
-    made.hosts = hosts
-    return made
+    server = AsyncExitStack()
+    provider = await server.enter_async_context(deepgram_server(SCRIPT))
+    return attended(DeepgramRelay(provider.account()), server)
+
+
+async def assemblyai() -> Dispatcher:
+    server = AsyncExitStack()
+    provider = await server.enter_async_context(assemblyai_server(SCRIPT))
+    return attended(AssemblyAIRelay(provider.account()), server)
+
+
+def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
+    """The relay, which closes the server that it speaks to with itself."""
+    server.push_async_callback(relay.aclose)
+    relay.aclose = server.aclose  # type: ignore[method-assign]
+    return relay
 
 
 @contextmanager
@@ -154,6 +158,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "groq": relay("groq", GROQ),
     "segmenting openai": streaming(relay("openai", OPENAI)),
     "deepgram": deepgram,
+    "assemblyai": assemblyai,
     "further": further,
     "pool": pool,
     "segmenting scripted": streaming(scripted),
@@ -163,6 +168,7 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "segmenting pool": streaming(pool),
     "per channel scripted": per_channel(streaming(scripted)),
     "per channel deepgram": per_channel(deepgram),
+    "per channel assemblyai": per_channel(assemblyai),
 }
 
 

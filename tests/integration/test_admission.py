@@ -31,7 +31,7 @@ from policy.resolve import Candidate, Decision, Demand
 from policy.sessions import Session
 from policy.tenants import Tenant
 from runtime.coordination import InProcess
-from runtime.database import Database, Step, Transaction
+from runtime.database import Database, Transaction
 
 BLOCK_MS = 15_000
 HERE = Candidate("self_hosted", "micro", "first")
@@ -335,11 +335,10 @@ class Unheard(Database):
             yield tx
         self._lose()
 
-    @asynccontextmanager
-    async def step(self, tenant_id: UUID) -> AsyncIterator[Step]:
-        async with super().step(tenant_id) as step:
-            yield step
+    async def once(self, statement: str, *values: object) -> Any:
+        row = await super().once(statement, *values)
         self._lose()
+        return row
 
     def _lose(self) -> None:
         if self.lose_next:

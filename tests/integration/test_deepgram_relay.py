@@ -34,8 +34,9 @@ from dispatchers.errors import (
 from dispatchers.interface import Options, Origin, Samples, Segment, Word
 from dispatchers.providers import PROVIDERS, open_relay
 from tests.integration.test_engine_server import until
-from tests.providers.deepgram import KEY, DeepgramServer, deepgram_server, sound
+from tests.providers.deepgram import KEY, DeepgramServer, deepgram_server
 from tests.providers.http import FAULTS, Answer, Fault, closed, deaf
+from tests.providers.script import sound
 
 IMPATIENT = Patience(connect_s=0.3, recorded_s=1.0)
 SECONDS_6 = sound(6)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
-from uuid import UUID
 
 import pytest
 from sqlalchemy import text
 
-from policy import budget, identity, policies, pricing, sessions, tenants
+from policy import budget, identity, policies, pricing, sessions, steps, tenants
 from policy.admission import Admission, Lease, Outcome
 from policy.errors import BudgetExhausted, TakenOver, TenantSuspended, TokenRevoked
 from policy.identity import Caller
@@ -20,8 +18,9 @@ from policy.pricing import Price, cover_nano
 from policy.resolve import Candidate, Decision, Demand
 from policy.sessions import Progress
 from policy.steps import Unusual
+from policy.tenants import Tenant
 from runtime.coordination import InProcess
-from runtime.database import Database, Step
+from runtime.database import Database
 from tests.integration.conftest import PRICE_NANO_PER_HOUR
 
 HERE = Candidate("self_hosted", "micro", "first")
@@ -38,13 +37,12 @@ class Counted(Database):
     committed = 0
     none = False
 
-    @asynccontextmanager
-    async def step(self, tenant_id: UUID) -> AsyncIterator[Step]:
+    async def once(self, statement: str, *values: object) -> Any:
         if self.none:
             raise Unusual
-        async with super().step(tenant_id) as step:
-            yield step
+        row = await super().once(statement, *values)
         self.committed += 1
+        return row
 
 
 @pytest.fixture
@@ -250,31 +248,35 @@ async def test_whoever_has_lost_the_session_bills_nothing(
     assert (await rows(database, lease))["usage_ledger"] == []
 
 
-async def test_a_step_that_is_cut_off_leaves_nothing_behind(counted: Counted, caller: Caller) -> None:
-    """Neither in the database nor on the connection, which the next one gets."""
-    count = "select count(*) from revoked_tokens"
+async def test_a_step_binds_its_tenant_for_itself_alone(
+    counted: Counted, admission: Admission, caller: Caller, policy: Policy
+) -> None:
+    async with admission.admit(caller, FILE, policy, DECISION) as lease:
+        await lease.settle(60_000, HERE, outcome=DONE)
+    for _ in range(5):
+        row = await counted.once(
+            "select current_setting('app.tenant_id', true) as bound, count(*) as seen from tenants"
+        )
+        assert row["bound"] in (None, "")
+        assert row["seen"] == 0
 
-    async def write(step: Step, name: str) -> None:
-        query = "insert into revoked_tokens (tenant_id, token_id, expires_at) values ($1, $2, now())"
-        await step.execute(query, caller.tenant_id, name)
 
-    with pytest.raises(ValueError, match="on purpose"):
-        async with counted.step(caller.tenant_id) as step:
-            await write(step, "one")
-            raise ValueError("on purpose")
+async def test_another_tenants_session_is_nothing_to_settle(
+    counted: Counted, admission: Admission, caller: Caller, policy: Policy, other_tenant: Tenant
+) -> None:
+    async with admission.admit(caller, FILE, policy, DECISION) as lease:
+        segment = lease._segment(0, 15_000, 0, HERE)
+        with pytest.raises(Unusual):
+            await steps.settle(counted, other_tenant.id, segment, turn=0, progress=None, outcome=None)
+        await lease.settle(15_000, HERE, outcome=DONE)
+    assert len((await rows(counted, lease))["usage_ledger"]) == 1
 
-    async def slow() -> None:
-        async with counted.step(caller.tenant_id) as step:
-            await write(step, "two")
-            await step.execute("select pg_sleep(30)")
 
-    working = asyncio.create_task(slow())
-    await asyncio.sleep(0.1)
-    working.cancel()
-    await asyncio.gather(working, return_exceptions=True)
+async def test_a_step_that_is_cut_off_leaves_a_good_connection(counted: Counted, caller: Caller) -> None:
     for _ in range(6):
-        async with counted.step(caller.tenant_id) as step:
-            assert await step.fetchval(count) == 0
-            assert await step.fetchval("select current_setting('app.tenant_id')") == str(caller.tenant_id)
-    async with counted.step(UUID(int=0)) as step:
-        assert await step.fetchval("select count(*) from tenants") == 0
+        working = asyncio.create_task(counted.once("select pg_sleep(30)"))
+        await asyncio.sleep(0.02)
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+        assert working.cancelled()
+    assert (await counted.once("select 1 as one"))["one"] == 1

@@ -485,6 +485,7 @@ async def test_a_master_key_changes(post: Post, receiver: Receiver, database: Da
     await missing.settled()
     told = await post.told(made)
     assert (told.delivery.status, told.tries[0].outcome, receiver.got) == ("pending", "MISCONFIGURED", [])
+    assert await post.standing(made) == ("active", None)
     both = LocalSealer({"k2": bytes([2]) * 32, "k1": bytes(32)})
     async with database.across_tenants("test") as tx:
         assert await signing.rewrap(tx, both) >= 1

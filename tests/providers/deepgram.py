@@ -12,29 +12,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from dispatchers.audio.decode import load
 from dispatchers.backends.relay import Account
 from dispatchers.errors import AudioError
 from dispatchers.interface import SAMPLE_RATE, Samples
 from tests.providers.http import Answer, HttpServer, Request, http_server
+from tests.providers.script import Said, decoded, heard_of, said
 from tests.providers.websocket import Socket
 
 KEY = "dg-test-0123456789abcdef"
 MODELS = ("nova-3", "nova-2")
-LOUD = 50
-"""Samples beyond this are sound."""
-
 STEP_S = 0.25
 """How often a stream is looked at, on its own clock."""
 LONGEST_RANGE_S = 3.0
@@ -44,26 +39,6 @@ CREATED = "2026-01-02T03:04:05.678Z"
 UUID = "1abfe86b-e047-4eed-858a-35e5625b41ee"
 _MODEL_INFO = {"name": "general-nova-3", "version": "2026-01-01.0", "arch": "nova-3"}
 _LISTEN = "/v1/listen"
-
-Said: TypeAlias = tuple[str, float, float]
-"""A word as written, and when it begins and ends, in seconds."""
-
-SENTENCES = "Tell me more. And then, where did it go?"
-
-
-def said(text: str = SENTENCES, *, word_s: float = 0.4, pause_s: float = 1.2, start_s: float = 0.4) -> tuple[Said, ...]:
-    """A script: each sentence after a pause."""
-    script, at = [], start_s
-    for word in text.split():
-        script.append((word, round(at, 3), round(at + word_s, 3)))
-        at += word_s + (pause_s if word[-1] in ".?!" else 0.0)
-    return tuple(script)
-
-
-def sound(seconds: float) -> Samples:
-    """Audio in which every word of a script is heard."""
-    return np.full(round(seconds * SAMPLE_RATE), 1000, np.int16)
-
 
 Mangled: TypeAlias = Callable[[dict[str, Any]], list[str | bytes]]
 
@@ -215,26 +190,13 @@ def _check_live(query: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _decoded(body: bytes) -> Samples:
-    with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(body)
-        try:
-            return load(Path(file.name))
-        except AudioError:
-            raise Refused(400, "Bad Request", "failed to process audio: corrupt or unsupported data") from None
+    try:
+        return decoded(body)
+    except AudioError:
+        raise Refused(400, "Bad Request", "failed to process audio: corrupt or unsupported data") from None
 
 
 # --- what is heard ------------------------------------------------------------------------------------------------
-
-
-def _heard(audio: Samples, script: tuple[Said, ...]) -> tuple[Said, ...]:
-    """The words of the script that begin in this audio and can be heard."""
-    length = len(audio) / SAMPLE_RATE
-    return tuple((word, start, min(end, length)) for word, start, end in script if _audible(audio, start, end))
-
-
-def _audible(audio: Samples, start: float, end: float) -> bool:
-    there = audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-    return bool(len(there)) and bool((np.abs(there.astype(np.int32)) > LOUD).any())
 
 
 def _words(heard: tuple[Said, ...], query: Mapping[str, tuple[str, ...]]) -> list[dict[str, Any]]:
@@ -259,7 +221,7 @@ def _alternative(heard: tuple[Said, ...], query: Mapping[str, tuple[str, ...]]) 
 
 def recorded(audio: Samples, script: tuple[Said, ...], query: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     """The answer to a recording."""
-    heard = _heard(audio, script)
+    heard = heard_of(audio, script)
     channel: dict[str, Any] = {"alternatives": [_alternative(heard, query)]}
     if query.get("detect_language") == ("true",):
         channel |= {"detected_language": "en", "language_confidence": 0.98}
@@ -390,7 +352,7 @@ class _Live:
         """What was heard since the last final range; the last word may still be being said."""
         audio = np.frombuffer(bytes(self._audio[: 2 * round(until * SAMPLE_RATE)]), "<i2")
         after = self._final[-1][1] if self._final else -1.0
-        return tuple(word for word in _heard(audio, self._server.script) if word[1] > after)
+        return tuple(word for word in heard_of(audio, self._server.script) if word[1] > after)
 
     async def _settle(
         self, now: float | None = None, *, speech_final: bool = False, from_finalize: bool = False

@@ -11,14 +11,12 @@ import httpx
 import pytest
 import structlog
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gateway.errors import BadRequest
-from gateway.middleware import Answered, Identified, unhandled
+from gateway.middleware import Answered, Identified
 from gateway.sse import EventStream, message, while_connected
 
 SECRET = "what somebody said"
@@ -44,11 +42,8 @@ async def broken_off(request: Request) -> Response:
     return StreamingResponse(body())
 
 
-APP = Starlette(
-    routes=[Route(f"/v1/audio/{endpoint.__name__}", endpoint) for endpoint in (fine, broken, refused, broken_off)],
-    middleware=[Middleware(Identified), Middleware(Answered)],
-    exception_handlers={HTTPException: unhandled},
-)
+ROUTES = [Route(f"/v1/audio/{endpoint.__name__}", endpoint) for endpoint in (fine, broken, refused, broken_off)]
+APP = Identified(Answered(Starlette(routes=ROUTES).router))
 
 
 async def get(path: str, **headers: str) -> httpx.Response:

@@ -290,6 +290,21 @@ async def test_what_waits_of_one_kind_runs_together() -> None:
     await scheduler.aclose()
 
 
+async def test_spread_over_workers_nobody_takes_more_than_a_part() -> None:
+    scheduler = Scheduler(workers=2, queue_limit=64, batch_limit=8, spread=True)
+    first, held = await hold(scheduler)
+    second, held_too = await hold(scheduler)
+    tasks = [asyncio.create_task(scheduler.seat(together, kind="x")) for _ in range(6)]
+    await asyncio.sleep(0)
+    first.open.set()
+    assert sorted(await asyncio.gather(*tasks)) == [1, 2, 2, 3, 3, 3]
+    second.open.set()
+    await asyncio.gather(held, held_too)
+    alone = await asyncio.gather(*(scheduler.seat(together, kind="x") for _ in range(2)))
+    assert alone == [1, 1]
+    await scheduler.aclose()
+
+
 async def test_one_of_a_batch_fails_alone() -> None:
     scheduler = Scheduler(workers=1, queue_limit=64, batch_limit=4)
     gate, held = await hold(scheduler)
