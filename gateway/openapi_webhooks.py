@@ -72,6 +72,7 @@ SCHEMAS: Json = {
             "at": _SECONDS,
             "outcome": {**_STRING, "description": "`delivered`, `refused` (not 2xx), or the code of what went wrong."},
             "status": {"type": ["integer", "null"], "description": "HTTP's; null where there was no answer."},
+            "detail": {"type": ["string", "null"], "description": "Why there was no answer."},
             "took_ms": _INTEGER,
         }
     ),

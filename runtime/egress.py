@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import TypeAlias
 
 import httpx
@@ -107,7 +106,8 @@ class Egress:
         self._allowed = allowed
         self._threads = ThreadPoolExecutor(LOOKUPS, "egress-lookup")  # slow names must not hold up other work
         self._lookup = lookup or self._look_up
-        self._tls = tls or _public_tls
+        self._make_tls = tls or httpx.create_ssl_context
+        self._tls: ssl.SSLContext | None = None
 
     async def check(self, url: str, *, within_s: float = 5.0) -> None:
         """Whether we would go there now. Raises `UrlRefused`; `UrlUnreachable` where the host has no address."""
@@ -188,14 +188,18 @@ class Egress:
 
     async def _sent(self, stack: AsyncExitStack, place: _Place, wish: _Wish) -> httpx.Response:
         """The answer of the first address that takes the connection."""
+        if self._tls is None:  # takes tens of ms to make
+            self._tls = await asyncio.get_running_loop().run_in_executor(self._threads, self._make_tls)
+        distrusted = False
         for address in place.addresses[:TRIES]:
-            client = await stack.enter_async_context(_client(address, self._tls(), wish.limits))
+            client = await stack.enter_async_context(_client(address, self._tls, wish.limits))
             request = client.build_request(wish.method, place.url, headers=dict(wish.headers), content=wish.content)
             try:
                 return await stack.enter_async_context(_streamed(client, request))
-            except (httpx.ConnectError, httpx.ConnectTimeout):
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                distrusted = distrusted or _is_of_tls(error)
                 await stack.aclose()
-        raise UrlUnreachable
+        raise UrlUnreachable("The certificate of the URL's host is not accepted." if distrusted else None)
 
 
 class _AtAddress(httpx.AsyncHTTPTransport):
@@ -269,6 +273,7 @@ def _joined(base: httpx.URL, target: str) -> str:
         raise UrlRefused("The redirect does not lead to a URL.") from None
 
 
-@cache
-def _public_tls() -> ssl.SSLContext:
-    return httpx.create_ssl_context()
+def _is_of_tls(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, ssl.SSLError):
+        error = error.__cause__ or error.__context__
+    return error is not None

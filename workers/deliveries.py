@@ -34,12 +34,13 @@ PURGE_BATCH = 1000
 @dataclass(frozen=True)
 class Attempt:
     """One try. `outcome`: `delivered`, `refused` (an answer other than 2xx), or the code of what went wrong; `status`
-    is HTTP's, None where there was no answer."""
+    is HTTP's, None where there was no answer; `detail` says in our words why there was none."""
 
     number: int
     at: datetime
     outcome: str
     status: int | None
+    detail: str | None
     took_ms: int
 
 
@@ -174,7 +175,7 @@ async def _note(
 def _delivery(row: Row[Any]) -> Delivery:
     last = None
     if row.number is not None:
-        last = Attempt(row.number, row.at, row.outcome, row.http_status, row.took_ms)
+        last = Attempt(row.number, row.at, row.outcome, row.http_status, row.detail, row.took_ms)
     return Delivery(
         id=row.id,
         endpoint_id=row.endpoint_id,
@@ -191,7 +192,8 @@ def _delivery(row: Row[Any]) -> Delivery:
 
 _SELECT = """
     select d.id, d.endpoint_id, d.event_id, o.topic, d.status, d.attempts, d.created_at, d.next_at, d.ended_at,
-           o.created_at as happened_at, o.payload, a.number, a.at, a.outcome, a.status as http_status, a.took_ms
+           o.created_at as happened_at, o.payload,
+           a.number, a.at, a.outcome, a.status as http_status, a.detail, a.took_ms
     from webhook_deliveries d
     join outbox o on o.tenant_id = d.tenant_id and o.id = d.event_id
     left join lateral (
@@ -208,7 +210,7 @@ _LISTING = text(f"""
     order by d.created_at desc, d.id desc limit :limit
 """)  # noqa: S608  constants only
 _TRIES = text("""
-    select number, at, outcome, status, took_ms from webhook_attempts
+    select number, at, outcome, status, detail, took_ms from webhook_attempts
     where tenant_id = :tenant_id and delivery_id = :id order by number
 """)
 _AGAIN = text("""

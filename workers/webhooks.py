@@ -73,11 +73,12 @@ class _Claimed:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What came of a try. `status` is HTTP's, None where there was no answer."""
+    """What came of a try. `status` is HTTP's, None where there was no answer; `detail` why."""
 
     word: str
     status: int | None
     took_ms: int
+    detail: str | None = None
     wait_s: float | None = None
 
     @property
@@ -155,7 +156,7 @@ class Sender:
 
     async def _try(self, claimed: _Claimed) -> _Outcome:
         began = time.monotonic()
-        status, wait_s = None, None
+        status, detail, wait_s = None, None, None
         try:
             async with self._database.across_tenants("secrets of a webhook") as tx:
                 keys = await signing.valid(tx, self._sealer, claimed.tenant_id, claimed.endpoint_id)
@@ -167,8 +168,8 @@ class Sender:
                 status, wait_s = answer.status, _wait_s(answer.headers.get("retry-after", ""))
             word = "delivered" if 200 <= status < 300 else "refused"
         except StenogateError as error:
-            word = error.code
-        return _Outcome(word, status, int((time.monotonic() - began) * 1000), wait_s)
+            word, detail = error.code, None if isinstance(error, Misconfigured) else error.message
+        return _Outcome(word, status, int((time.monotonic() - began) * 1000), detail, wait_s)
 
     async def _give_back(self, claimed: _Claimed) -> None:
         with suppress(Exception):  # then the claim runs out
@@ -190,7 +191,7 @@ async def delivered(database: Database, sealer: Sealer, egress: Egress) -> Async
 async def _record(tx: Transaction, claimed: _Claimed, outcome: _Outcome) -> str:
     """Writes down what came of it, and when it is tried again: `delivered`, `retried` or `failed`."""
     named = _named(claimed) | {"endpoint_id": claimed.endpoint_id}
-    noted = {"outcome": outcome.word, "status": outcome.status, "took_ms": outcome.took_ms}
+    noted = {name: getattr(outcome, name) for name in ("status", "took_ms", "detail")} | {"outcome": outcome.word}
     await tx.execute(_NOTE, named | noted)
     if outcome.delivered:
         await tx.execute(_END, named | {"ended": "delivered"})
@@ -283,8 +284,8 @@ _CLAIM = text("""
 """)
 _OURS = "tenant_id = :tenant_id and id = :id and claim = :claim"
 _NOTE = text("""
-    insert into webhook_attempts (tenant_id, delivery_id, number, outcome, status, took_ms)
-    select :tenant_id, :id, coalesce(max(number), 0) + 1, :outcome, :status, :took_ms
+    insert into webhook_attempts (tenant_id, delivery_id, number, outcome, status, detail, took_ms)
+    select :tenant_id, :id, coalesce(max(number), 0) + 1, :outcome, :status, :detail, :took_ms
     from webhook_attempts where tenant_id = :tenant_id and delivery_id = :id
 """)
 _END = text(f"""

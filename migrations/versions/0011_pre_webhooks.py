@@ -84,6 +84,7 @@ create table webhook_attempts (
     number      int not null check (number > 0),
     outcome     text not null, -- 'delivered', 'refused', or the code of what went wrong
     status      int, -- HTTP's; null: there was no answer
+    detail      text, -- in our words, never in the receiver's
     took_ms     int not null check (took_ms >= 0),
     at          timestamptz not null default now(),
     primary key (tenant_id, delivery_id, number),

@@ -191,11 +191,11 @@ async def test_the_certificate_is_the_names_and_the_name_is_looked_up_once() -> 
                 assert answer.status == 200
             assert asked == ["hooks.example"]
             for wrong in ("other.example", "127.0.0.1"):
-                with pytest.raises(UrlUnreachable):
+                with pytest.raises(UrlUnreachable, match="certificate"):
                     async with out.open("GET", f"https://{wrong}:{port}/", limits=LIMITS):
                         pass
         async with egress(lookup=look_up) as out:  # who signed it is not known
-            with pytest.raises(UrlUnreachable):
+            with pytest.raises(UrlUnreachable, match="certificate"):
                 async with out.open("GET", f"https://hooks.example:{port}/", limits=LIMITS):
                     pass
     assert len(secure.requests) == 1

@@ -9,13 +9,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 from standardwebhooks import Webhook
 
+from policy import tenants
 from policy.identity import Caller
 from policy.tenants import Tenant
 from runtime import outbox
@@ -24,6 +27,8 @@ from runtime.database import Database
 from runtime.egress import Egress, Limits
 from runtime.ids import show, uuid7
 from runtime.sealing import LocalSealer
+from runtime.settings import Settings
+from tests.outages import wired_postgres
 from tests.providers.http import Answer, Fault, HttpServer, Request, closed, http_server
 from workers import deliveries, endpoints, signing, webhooks
 from workers.deliveries import Delivery, Told
@@ -98,7 +103,7 @@ class Post:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhooks, "LIMITS", Limits(most_bytes=0, total_s=0.5, connect_s=0.5, idle_s=0.5))
+    monkeypatch.setattr(webhooks, "LIMITS", Limits(most_bytes=0, total_s=3, connect_s=1, idle_s=1.5))
 
 
 @pytest.fixture
@@ -254,6 +259,7 @@ async def test_what_is_not_taken_comes_again(post: Post, receiver: Receiver, fau
     told = await post.told(made)
     assert (told.delivery.status, told.delivery.attempts) == ("pending", 1)
     assert [(each.outcome, each.status) for each in told.tries] == [(outcome, status)]
+    assert (told.tries[0].detail is None) == (status is not None)
     receiver.server.fault = None
     await post.send()
     assert len(receiver.got) == 1  # not before its time
@@ -360,17 +366,21 @@ async def test_one_that_is_away_is_left_alone_for_a_moment(post: Post) -> None:
     assert [delivery for delivery in await post.log(made) if delivery.attempts] == tried
 
 
-async def test_a_slow_one_holds_up_nobody(post: Post, other_post: Post, receiver: Receiver) -> None:
+async def test_a_slow_one_holds_up_nobody(
+    post: Post, other_post: Post, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "LIMITS", Limits(most_bytes=0, total_s=600, idle_s=600))
     async with http_server(lambda request: Answer()) as silent:
         silent.fault = Fault(wait_s=3600)
         await other_post.endpoint(silent.url)
         await post.endpoint(receiver.server.url)
-        for _ in range(40):
+        for _ in range(webhooks.AT_ONCE + 8):
             await other_post.happens()
         await post.happens()
         task = asyncio.create_task(post.sender.run())
         try:
-            await until(lambda: len(receiver.got) == 1, 0.45)  # before the first of the others is given up
+            await until(lambda: len(receiver.got) == 1)
+            assert len(silent.requests) <= webhooks.PER_ENDPOINT < webhooks.AT_ONCE
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -421,6 +431,46 @@ async def test_who_is_asked_to_end_gives_back(post: Post, receiver: Receiver) ->
     await other.round()
     await other.settled()
     assert (await post.told(made)).delivery.status == "delivered"
+
+
+async def test_a_database_that_dies_loses_nothing(settings: Settings, receiver: Receiver, tmp_path: Path) -> None:
+    receiver.server.fault = Fault(wait_s=0.05)
+    async with wired_postgres(settings, tmp_path) as (own, postgres, _):
+        assert own.database_url is not None
+        assert own.system_database_url is not None
+        database = Database(own.database_url.get_secret_value(), own.system_database_url.get_secret_value())
+        async with database.across_tenants("test set-up") as tx:
+            tenant = await tenants.create(tx, slug="acme", actor="test")
+        post = Post(database, caller_of(tenant), sender(database))
+        made = await post.endpoint(receiver.server.url)
+        events = {show("evt", await post.happens()) for _ in range(30)}
+        task = asyncio.create_task(post.sender.run())
+        await until(lambda: len(receiver.got) >= 10)
+        postgres.kill()
+        await asyncio.sleep(0.5)
+        postgres.start()
+        async with asyncio.timeout(30):
+            while {delivery.status for delivery in await patiently(post, made)} != {"delivered"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await database.aclose()
+    assert set(receiver.ids) == events
+    assert receiver.ids.total() <= len(events) + webhooks.PER_ENDPOINT
+
+
+async def patiently(post: Post, made: Made) -> list[Delivery]:
+    """The log, from a database that may not be up yet. The claims from before it died are over."""
+    over = """
+        update webhook_deliveries set claimed_until = now() - interval '1 s'
+        where claimed_until < pg_postmaster_start_time() + make_interval(secs => :lease_s)
+    """
+    while True:
+        try:
+            await post.write(over, lease_s=webhooks.LEASE_S)
+            return await post.log(made)
+        except (OSError, DBAPIError):
+            await asyncio.sleep(0.1)
 
 
 # --- secrets ----------------------------------------------------------------------------------------------------------
@@ -485,6 +535,7 @@ async def test_a_master_key_changes(post: Post, receiver: Receiver, database: Da
     await missing.settled()
     told = await post.told(made)
     assert (told.delivery.status, told.tries[0].outcome, receiver.got) == ("pending", "MISCONFIGURED", [])
+    assert told.tries[0].detail is None  # it is the operator's business
     assert await post.standing(made) == ("active", None)
     both = LocalSealer({"k2": bytes([2]) * 32, "k1": bytes(32)})
     async with database.across_tenants("test") as tx:
