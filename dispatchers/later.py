@@ -11,8 +11,12 @@ from dispatchers.interface import Cleared, Delta, Event, Final, Flushed, Gap, Pa
 Heard = TypeVar("Heard", Partial, Delta, Final)
 
 
-async def continued(events: AsyncIterator[Event], from_ms: int, utterances: int) -> AsyncIterator[Event]:
+def continued(events: AsyncIterator[Event], from_ms: int, utterances: int) -> AsyncIterator[Event]:
     """The events of audio that begins at `from_ms`, after so many utterances."""
+    return _moved(events, from_ms, utterances) if from_ms or utterances else events
+
+
+async def _moved(events: AsyncIterator[Event], from_ms: int, utterances: int) -> AsyncIterator[Event]:
     async for event in events:
         yield later(event, from_ms, utterances)
 

@@ -65,8 +65,8 @@ class Meter:
     @property
     def _due(self) -> bool:
         """Whether a block is to be settled or the hold to be extended: once in many messages."""
-        lease = self._lease
-        return self.accepted_ms - lease.settled_ms >= BLOCK_MS or lease.held_ms - self.accepted_ms <= BLOCK_MS
+        lease, accepted_ms = self._lease, self.accepted_ms
+        return accepted_ms - lease.settled_ms >= BLOCK_MS or lease.held_ms - accepted_ms <= BLOCK_MS
 
     async def audio(self, source: AsyncIterator[StreamInput]) -> AsyncIterator[StreamInput]:
         """The source, up to what is held; ends early when `ended_by` is set."""
@@ -74,16 +74,18 @@ class Meter:
             if not isinstance(item, Pcm):
                 yield item
                 continue
-            samples = item.samples
-            while len(samples):
-                room = await self._room(len(samples))
+            while wanted := len(item.samples):
+                room = await self._room(wanted)
                 if room == 0:
                     return
-                head, samples = samples[:room], samples[room:]
-                self.accepted_samples += len(head)
+                self.accepted_samples += room
                 if self._due:
                     self._moved.set()
-                yield Pcm(head)
+                if room == wanted:
+                    yield item
+                    break
+                yield Pcm(item.samples[:room])
+                item = Pcm(item.samples[room:])  # noqa: PLW2901 — what is left of it
 
     async def run(self, tell: Callable[[Used], Awaitable[None]]) -> None:
         """Settles and extends until cancelled; `tell` gets an event for each settled block."""

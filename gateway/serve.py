@@ -27,6 +27,7 @@ from gateway.live.gauges import tell_metrics
 from gateway.live_settings import live_settings
 from gateway.state import Gateway
 from gateway.uploads import sweep
+from gateway.websocket import WebSocketProtocol
 from policy.identity import SCOPES, mint
 from runtime.embedded import with_database
 from runtime.resources import Resources, open_resources
@@ -36,6 +37,9 @@ from workers.main import open_jobs
 
 TOKEN_TTL_S = 24 * 3600
 SHUTDOWN_S = 20
+COLLECTED_EVERY = 5_000, 5, 20
+"""The thresholds of the garbage collector. Hardly anything of a stream is in cycles, so it finds next to nothing; with
+its own thresholds it soon looks through all streams at once, which holds them up for 0.1 s."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ async def _serve(
         host, port = listener.getsockname()[:2]
         gc.collect()
         gc.freeze()  # what is here stays; looking through all of it again and again would hold up every stream
+        gc.set_threshold(*COLLECTED_EVERY)
         announcement = Announcement(f"http://{host}:{port}", _default_model(gateway), note, token)
         with _announced(settings, announcement):
             await _Server(
@@ -158,7 +163,7 @@ def uvicorn_config(gateway: Gateway) -> uvicorn.Config:
         server_header=False,
         proxy_headers=bool(proxies),  # else anybody on this machine could name any address as its own
         forwarded_allow_ips=proxies,
-        ws="websockets-sansio",
+        ws=WebSocketProtocol,
         ws_per_message_deflate=False,  # speech does not compress, and inflating is a way in for bombs
         ws_ping_timeout=None,  # pongs stand behind audio that we do not read yet; the idle limit ends dead peers
         ws_max_size=512 * KIB,  # above the protocol's own limit, so that ours answers with its code

@@ -210,7 +210,8 @@ async def _written(tx: Transaction, opening: steps.Opening) -> Session:
         decision=opening.decision,
         currency=opening.currency,
     )
-    await hold_until(tx, tenant_id, session_id, opening.held_ms, opening.nano_per_hour)
+    locked = await sessions.locked(tx, tenant_id, session_id)
+    await hold_until(tx, locked, opening.held_ms, opening.nano_per_hour)
     return await sessions.get(tx, tenant_id, session_id)
 
 

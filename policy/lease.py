@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from uuid import UUID
 
 from policy import budget, legs, metering, sessions, steps, tenants
 from policy.errors import Conflict, NoPrice, TakenOver
@@ -92,8 +91,7 @@ class Lease:
             return
         with ledger_reachable():
             async with self._database.tenant(self.tenant_id) as tx:
-                await self._check(tx)
-                held_ms = await hold_until(tx, self.tenant_id, self.session_id, to_ms, self._hold_price)
+                held_ms = await hold_until(tx, await self._check(tx), to_ms, self._hold_price)
         self.held_ms = max(self.held_ms, held_ms)
 
     async def settle(
@@ -283,14 +281,15 @@ class Lease:
         return price
 
 
-async def hold_until(tx: Transaction, tenant_id: UUID, session_id: UUID, to_ms: int, nano_per_hour: int) -> int:
-    """Holds money so that `[0, to_ms)` is covered; returns how far it is covered now. Raises `BudgetExhausted` (roll
-    back then) and `Conflict`."""
-    session = await sessions.locked(tx, tenant_id, session_id)
+async def hold_until(tx: Transaction, session: Session, to_ms: int, nano_per_hour: int) -> int:
+    """Holds money so that `[0, to_ms)` is covered of a session whose row is locked. Returns how far it is now.
+
+    Raises `BudgetExhausted` (roll back then) and `Conflict`.
+    """
     if to_ms <= session.held_ms:
         return session.held_ms
-    await sessions.cover(tx, tenant_id, session_id, to_ms)
-    await budget.hold(tx, tenant_id, session_id, _between(session.held_ms, to_ms, nano_per_hour))
+    await sessions.cover(tx, session.tenant_id, session.id, to_ms)
+    await budget.hold(tx, session.tenant_id, session.id, _between(session.held_ms, to_ms, nano_per_hour))
     return to_ms
 
 

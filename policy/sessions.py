@@ -123,8 +123,7 @@ async def open_session(
 
 async def locked(tx: Transaction, tenant_id: UUID, session_id: UUID) -> Session:
     """The row, which nobody else changes until the transaction ends. Raises `NotFound`."""
-    query = text(f"{_SELECT} and id = :id for no key update")
-    return _found((await tx.execute(query, {"tenant": tenant_id, "id": session_id})).one_or_none())
+    return _found((await tx.execute(_LOCKED, {"tenant": tenant_id, "id": session_id})).one_or_none())
 
 
 async def cover(tx: Transaction, tenant_id: UUID, session_id: UUID, held_ms: int) -> None:
@@ -160,8 +159,7 @@ async def close_session(
 
 async def get(tx: Transaction, tenant_id: UUID, session_id: UUID) -> Session:
     """One session, with its text where that was kept. Raises `NotFound` (also for another tenant's)."""
-    query = text(f"{_SELECT} and id = :id")
-    return _found((await tx.execute(query, {"tenant": tenant_id, "id": session_id})).one_or_none())
+    return _found((await tx.execute(_ONE, {"tenant": tenant_id, "id": session_id})).one_or_none())
 
 
 async def listing(
@@ -206,7 +204,9 @@ _COLUMNS = """
     backend, engine, model, language, currency, channels, started_at, seen_at, ended_at,
     accepted_ms, billed_ms, held_ms, segments, utterances, words, turn
 """
-_SELECT = f"select {_COLUMNS}, text from sessions where tenant_id = :tenant"  # noqa: S608  constants only
+_SELECT = f"select {_COLUMNS}, text from sessions where tenant_id = :tenant and id = :id"  # noqa: S608  constants only
+_ONE = text(_SELECT)
+_LOCKED = text(f"{_SELECT} for no key update")
 _OPEN = text("""
     insert into sessions (tenant_id, id, kind, subject, customer, metadata, request_id, policy_version, decision,
                           currency, channels)

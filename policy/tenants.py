@@ -68,7 +68,7 @@ async def by_slug(tx_system: Transaction, slug: str) -> Tenant:
 
 async def by_id(tx: Transaction, tenant_id: UUID) -> Tenant:
     """Raises `NotFound` (also for another tenant than the bound one)."""
-    return _found((await tx.execute(text(f"{_SELECT} where id = :id"), {"id": tenant_id})).one_or_none())
+    return _found((await tx.execute(_BY_ID, {"id": tenant_id})).one_or_none())
 
 
 async def listing(tx_system: Transaction) -> list[Tenant]:
@@ -118,6 +118,7 @@ def _snapshot(tenant: Tenant) -> dict[str, Any]:
 
 _COLUMNS = "id, slug, name, status, currency, billing_tz"
 _SELECT = f"select {_COLUMNS} from tenants"  # noqa: S608  constants only
+_BY_ID = text(f"{_SELECT} where id = :id")
 _INSERT = text(f"""
     insert into tenants ({_COLUMNS}) values (:id, :slug, :name, :status, :currency, :billing_tz)
     on conflict (slug) do nothing returning id

@@ -86,7 +86,7 @@ def _to_json(value: object) -> str:
 class Database:
     """A pool per role; a half of the app role's is apart, for `once`."""
 
-    def __init__(self, app_url: str, system_url: str, *, pool: int = 10):
+    def __init__(self, app_url: str, system_url: str, *, pool: int = 16):
         self._app_url = async_url(app_url)
         self._app = _engine(self._app_url, max(1, pool - pool // 2))
         self._system = _engine(async_url(system_url), pool)

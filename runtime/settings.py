@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     migration_database_url: SecretStr | None = Field(
         None, description="Postgres, as the role that owns the tables; only `stenogate migrate` uses it."
     )
-    database_pool: int = Field(10, ge=1, le=200, description="Connections per process and role.")
+    database_pool: int = Field(16, ge=1, le=200, description="Connections per process and role.")
     redis_url: SecretStr | None = Field(None, description="Redis for limits and arq. Unset: in process.")
     blob_url: str | None = Field(None, description="file://, s3://, gs:// or az:// for uploads. Unset: the data dir.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -61,9 +61,11 @@ class Memory:
     and how sure the recogniser usually is. What was not believed is not remembered; nor is, as in Whisper itself, what
     only a high temperature gave."""
 
+    given: Options
     language: str | None = None
     context: str = ""
     _usual: float | None = None
+    _next: dict[Urgency, Options] = field(default_factory=dict)
 
     @property
     def unsure_below(self) -> float:
@@ -71,19 +73,22 @@ class Memory:
         firm."""
         return _UNSURE if self._usual is None else min(_UNSURE, _UNUSUAL * self._usual)
 
-    def options(self, given: Options, urgency: Urgency) -> Options:
+    def options(self, urgency: Urgency) -> Options:
         """What to ask for next. A language that was given stays; nobody is told when a partial's words were said."""
-        return replace(
-            given,
-            model=given.partial_model or given.model if urgency == "partial" else given.model,
-            language=given.language or self.language,
-            context=self.context,
-            words=given.words and urgency == "final",
-            urgency=urgency,
-        )
+        if urgency not in self._next:
+            self._next[urgency] = replace(
+                self.given,
+                model=self.given.partial_model or self.given.model if urgency == "partial" else self.given.model,
+                language=self.given.language or self.language,
+                context=self.context,
+                words=self.given.words and urgency == "final",
+                urgency=urgency,
+            )
+        return self._next[urgency]
 
     def note(self, transcript: Transcript) -> None:
         """Learns from a final."""
+        self._next.clear()
         segments = [segment for segment in transcript.segments if credible(segment) and segment.temperature <= _TOO_HOT]
         said = " ".join(segment.text for segment in segments).split()
         self.context = " ".join([*self.context.split(), *said])[-_CONTEXT_CHARACTERS:]

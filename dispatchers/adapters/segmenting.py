@@ -158,7 +158,7 @@ class _Stream:
         self._latest_wins = batch.capabilities.latest_wins
         self._asked: set[asyncio.Task[None]] = set()  # hypotheses of the current utterance
         self._cadence = Cadence(options.partial_interval_ms, asyncio.get_running_loop().time)
-        self._memory = Memory()
+        self._memory = Memory(options)
 
     async def run(self, audio: AsyncIterator[StreamInput]) -> None:
         """Reads the input to its end and answers all of it."""
@@ -257,7 +257,7 @@ class _Stream:
 
     async def _hypothesise(self, utterance: _Heard, heard: Ended) -> None:
         try:
-            transcript = await self._batch.transcribe(heard.audio, self._memory.options(self._options, "partial"))
+            transcript = await self._batch.transcribe(heard.audio, self._memory.options("partial"))
         except Superseded:
             utterance.coalesced += 1
         except (BackendError, AudioError) as error:
@@ -301,7 +301,7 @@ class _Stream:
     async def _recognise(self, heard: Ended) -> Transcript | None:
         """None where the recogniser failed."""
         try:
-            return await self._batch.transcribe(heard.audio, self._memory.options(self._options, "final"))
+            return await self._batch.transcribe(heard.audio, self._memory.options("final"))
         except (BackendError, AudioError) as error:
             await self._warn(self._current, error)
             return None
@@ -357,7 +357,7 @@ class _Stream:
             if transcript is not None:
                 return transcript
         self._drop_early(utterance)
-        return await self._batch.transcribe(ended.audio, self._memory.options(self._options, "final"))
+        return await self._batch.transcribe(ended.audio, self._memory.options("final"))
 
 
 def _span(heard: Ended) -> tuple[int, int]:

@@ -72,7 +72,7 @@ class LiveDecoder:
         self._wire = wire
         self._resampler = resampler
         self._half = b""
-        self._plain = wire in _PLAIN
+        self.plain = wire in _PLAIN
 
     @classmethod
     async def open(cls, wire: Wire) -> LiveDecoder | ContainerDecoder:
@@ -83,23 +83,27 @@ class LiveDecoder:
 
     async def feed(self, data: bytes) -> AsyncIterator[Samples]:
         """What can be given out so far."""
-        data = self._half + data
-        whole = len(data) - len(data) % self._wire.sample_bytes
-        self._half = data[whole:]
-        if self._plain:
-            yield self._resampler.feed(data[:whole])
-        else:
-            yield await asyncio.to_thread(self._convert, data[:whole])
+        yield self.take(data) if self.plain else await asyncio.to_thread(self._convert, self._whole(data))
+
+    def take(self, data: bytes) -> Samples:
+        """The same at once, where it is `plain`."""
+        return self._resampler.feed(self._whole(data))
 
     async def flush(self) -> Samples:
         """What the resampling filter still holds."""
-        if self._plain:
+        if self.plain:
             return self._resampler.flush()
         return await asyncio.to_thread(self._resampler.flush)
 
     async def end(self) -> AsyncIterator[Samples]:
         """The same at the end of the audio."""
         yield await self.flush()
+
+    def _whole(self, data: bytes) -> bytes:
+        data = self._half + data
+        whole = len(data) - len(data) % self._wire.sample_bytes
+        self._half = data[whole:]
+        return data[:whole]
 
     def _convert(self, data: bytes) -> Samples:
         match self._wire.encoding:

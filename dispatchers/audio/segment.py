@@ -104,13 +104,18 @@ class Segmenter:
             return None
         return self._utterance(speech.number, speech.start, min(speech.quiet_from + TAIL, self._tape.end))
 
-    def feed(self, samples: Samples, probabilities: NDArray[np.float32]) -> Iterator[Action]:
+    def feed(self, samples: Samples, probabilities: NDArray[np.float32]) -> list[Action]:
         """`probabilities` are those of the frames that `samples` completed."""
         self._tape.append(samples)
-        for probability in probabilities:
-            yield from self._frame(float(probability))
+        actions: list[Action] = []
+        for probability in probabilities.tolist():
+            if self._speech is None and probability < self._enter:
+                self._clock += FRAME
+            else:
+                actions += self._frame(probability)
         needed = max(self._floor, self._clock - PRE_ROLL) if self._speech is None else self._speech.start
         self._tape.forget(needed)
+        return actions
 
     def flush(self) -> Iterator[Action]:
         """Ends the utterance being heard at once; what has not been announced is dropped."""

@@ -120,9 +120,10 @@ class SileroVad:
             state[:, :going] = self._model.step(gates[begins[:going] + step], state[:, :going])
             hidden[step, :going] = state[0, :going]
         probabilities = self._model.probabilities(hidden)
-        for at, piece in enumerate(batch):
-            piece.said.append(probabilities[: turns[at], at])
-            piece.state = state[:, at]
+        for at, (piece, turn) in enumerate(zip(batch, turns.tolist(), strict=True)):
+            piece.said.append(probabilities[:turn, at])
+            piece.left -= turn
+            piece.state = state[:, at].copy()
 
 
 class VadStream:
@@ -138,14 +139,14 @@ class VadStream:
         after one that was cancelled there must be no other."""
         heard = np.concatenate([self._rest, samples])
         frames = (len(heard) - _CONTEXT) // FRAME
-        self._rest = heard[frames * FRAME :].copy()
+        self._rest = heard[frames * FRAME :]
         if not frames:
             return np.empty(0, np.float32)
         piece = _Piece(heard, frames, self._state, asyncio.get_running_loop().create_future())
         self._vad.ask(piece)
         await piece.answer
-        self._state = piece.state.copy()
-        return np.concatenate(piece.said)
+        self._state = piece.state
+        return piece.said[0] if len(piece.said) == 1 else np.concatenate(piece.said)
 
 
 @dataclass(slots=True, eq=False)
@@ -157,10 +158,10 @@ class _Piece:
     state: Floats
     answer: asyncio.Future[None]
     said: list[Probabilities] = field(default_factory=list)
+    left: int = field(init=False)
 
-    @property
-    def left(self) -> int:
-        return self.frames - sum(map(len, self.said))
+    def __post_init__(self) -> None:
+        self.left = self.frames
 
     def windows(self, count: int) -> Samples:
         """The next frames, each with its context."""

@@ -91,15 +91,15 @@ class Scripted:
         """Nothing to close."""
 
     def _segments(self, duration_ms: int, with_words: bool) -> Iterator[Segment]:
-        said = islice(cycle(self._script), duration_ms // self._word_ms)
-        words = [
-            Word(text, at * self._word_ms, (at + 1) * self._word_ms, confidence=1.0) for at, text in enumerate(said)
-        ]
-        for at in range(0, len(words), _WORDS_IN_SEGMENT):
-            group = words[at : at + _WORDS_IN_SEGMENT]
+        said = list(islice(cycle(self._script), duration_ms // self._word_ms))
+        for first in range(0, len(said), _WORDS_IN_SEGMENT):
+            texts = said[first : first + _WORDS_IN_SEGMENT]
             yield Segment(
-                group[0].start_ms,
-                group[-1].end_ms,
-                " ".join(word.text for word in group),
-                words=tuple(group) if with_words else (),
+                first * self._word_ms,
+                (first + len(texts)) * self._word_ms,
+                " ".join(texts),
+                words=tuple(self._word(at, text) for at, text in enumerate(texts, first)) if with_words else (),
             )
+
+    def _word(self, at: int, text: str) -> Word:
+        return Word(text, at * self._word_ms, (at + 1) * self._word_ms, confidence=1.0)

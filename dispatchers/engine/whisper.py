@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from dispatchers.adapters.credence import credible, doubtful
 from dispatchers.engine.interface import Recognised
 from dispatchers.engine.meeting import Meeting
+from dispatchers.engine.memory import keep_memory
 from dispatchers.engine.models import STOCK_WINDOW, ModelSpec
 from dispatchers.engine.together import Encoded, Place, TogetherModel
 from dispatchers.errors import BackendUnavailable, UnsupportedOption
@@ -240,6 +241,8 @@ def _load(
 ) -> WhisperModel:
     import ctranslate2
     from faster_whisper import WhisperModel
+
+    keep_memory()
 
     class ShortWindowModel(WhisperModel):  # type: ignore[misc]
         """Cuts the padding of a window before the encoder sees it. `pad_or_trim` fills with zeros, which in the log mel

@@ -200,7 +200,7 @@ async def _tenant(request: Request, tx_system: Transaction) -> Tenant:
 
 def _plugged(gateway: Gateway, tenant: Tenant) -> tuple[Offer, ...]:
     """What the tenant's requests can go to."""
-    return gateway.door.offers()
+    return gateway.door.offers(tenant.id)
 
 
 def _number(shown: str) -> int | None:

@@ -17,7 +17,7 @@ app = typer.Typer(help="What an hour costs; nothing without a price is sold.", n
 @app.command("set")
 def put(
     per_hour: Annotated[str, typer.Argument(help="Price of an hour of audio, such as 0.258 (up to nine decimals).")],
-    backend: Annotated[str, typer.Option(help="self_hosted or relay.")] = "self_hosted",
+    backend: Annotated[str, typer.Option(help="self_hosted, or a relay's name.")] = "self_hosted",
     model: Annotated[str, typer.Option(help="A model's name, or * for all.")] = "*",
     cost: Annotated[str, typer.Option(help="What an hour costs us.")] = "0",
     currency: Annotated[str, typer.Option(help="ISO 4217 code.")] = "USD",

@@ -106,9 +106,9 @@ class Frames:
         self.left = asyncio.Event()  # nothing more is to be done with it
         self._websocket = websocket
         self._pace = pace
-        self._patience = Patience()
+        self._hearing = Patience()
+        self._telling = Patience()
         self._send_s = send_s
-        self._sending: asyncio.Timeout | None = None
 
     @property
     def accepted(self) -> bool:
@@ -124,15 +124,15 @@ class Frames:
 
     async def receive(self, timeout_s: float | None) -> str | bytes:
         """The next frame, when its turn has come. Raises `Idle`, `Gone` and what is wrong with the frame."""
-        await self._pace.turn()
+        if wait_s := self._pace.wait_s():
+            await asyncio.sleep(wait_s)
         try:
-            message = await self._patience.wait(self._websocket.receive(), timeout_s)
+            message = await self._hearing.wait(self._websocket.receive(), timeout_s)
         except TimeoutError:
             raise Idle from None
         if message["type"] == "websocket.disconnect":
             self.gone = True
-            self.left.set()
-            self._patience.end()
+            self._leave()
             raise Gone(purpose=message.get("code") == LEFT)
         frame: str | bytes | None = message.get("bytes")
         frame = frame if frame is not None else message.get("text")
@@ -147,22 +147,18 @@ class Frames:
         if self.gone:
             return
         try:
-            async with asyncio.timeout(self._send_s) as self._sending:
-                await self._websocket.send_text(text)
+            await self._telling.wait(self._websocket.send_text(text), self._send_s)
         except TimeoutError:
             if not self.gone:
                 self.gone = True
                 raise NotReading from None
         except (WebSocketDisconnect, OSError, RuntimeError):
             self.gone = True
-        finally:
-            self._sending = None
 
     def give_up(self) -> None:
         """Waits no longer for a peer that does not take what is being sent."""
-        if self._sending is not None:
+        if self._telling.lose():
             self.gone = True
-            self._sending.reschedule(0)
 
     async def close(self, code: int, reason: str = "") -> None:
         """Says why, where the peer can still hear it."""
@@ -172,8 +168,7 @@ class Frames:
         except (TimeoutError, WebSocketDisconnect, OSError, RuntimeError):
             self.gone = True
         finally:
-            self.left.set()
-            self._patience.end()
+            self._leave()
 
     async def deny(self, error: StenogateError, request_id: str) -> None:
         """Refuses the upgrade with an HTTP status and a problem (ASGI's `websocket.http.response`)."""
@@ -181,3 +176,8 @@ class Frames:
             await self._websocket.send_denial_response(problem_response(error, request_id))
         except OSError:
             self.gone = True
+
+    def _leave(self) -> None:
+        self.left.set()
+        self._hearing.end()
+        self._telling.end()

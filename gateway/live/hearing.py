@@ -159,24 +159,18 @@ class Hearing:
     async def _audio(self) -> AsyncIterator[StreamInput]:
         """What the recogniser pulls: everything received, up to the longest session."""
         await self.decided.wait()
+        room = self._longest_ms * SAMPLES_PER_MS
         try:
-            async for item in self._within(self._longest_ms * SAMPLES_PER_MS):
+            async for item in self.intake.items():
+                if isinstance(item, Pcm):
+                    if len(item.samples) > room:
+                        yield Pcm(item.samples[:room])
+                        self.end(SessionTooLong())
+                        return
+                    room -= len(item.samples)
                 yield item
         except AudioError as error:  # what could be decoded before is answered
             self.end(error)
-
-    async def _within(self, room: int) -> AsyncIterator[StreamInput]:
-        """What was received, up to so many samples."""
-        async for item in self.intake.items():
-            if not isinstance(item, Pcm):
-                yield item
-                continue
-            if room:
-                yield Pcm(item.samples[:room])
-            if len(item.samples) > room:
-                self.end(SessionTooLong())
-                return
-            room -= len(item.samples)
 
     async def _pass_on(self, live: Live) -> None:
         """Every event to its end. Raises `BackendTimeout` when the end does not come."""

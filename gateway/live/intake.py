@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -100,32 +100,30 @@ class Intake:
         """
         decoder = await LiveDecoder.open(self._wire)
         while (item := await self._next()) is not None:
-            match item:
-                case bytes():
-                    pieces = decoder.feed(item)
-                case _Anew():
-                    pieces = _rest(decoder)
-                case _:
-                    pieces = _flushed(decoder)
-            async for samples in pieces:
-                for pcm in self._counted(samples):
-                    yield pcm
+            if isinstance(item, bytes) and isinstance(decoder, LiveDecoder) and decoder.plain:
+                if len(fresh := self._counted(decoder.take(item))):
+                    yield Pcm(fresh)
+                continue
+            async for samples in _decoded(decoder, item):
+                if len(fresh := self._counted(samples)):
+                    yield Pcm(fresh)
             if isinstance(item, _Anew):
                 decoder = await LiveDecoder.open(self._wire)
                 self._heard_already = max(0, self._taken_samples - item.from_ms * SAMPLES_PER_MS)
             elif not isinstance(item, bytes):
                 yield item
         async for samples in decoder.end():
-            for pcm in self._counted(samples):
-                yield pcm
+            if len(fresh := self._counted(samples)):
+                yield Pcm(fresh)
 
-    def _counted(self, samples: Samples) -> Iterator[Pcm]:
+    def _counted(self, samples: Samples) -> Samples:
         """Those that are new."""
-        known = min(self._heard_already, len(samples))
-        self._heard_already -= known
-        if len(samples) > known:
-            self._taken_samples += len(samples) - known
-            yield Pcm(samples[known:])
+        if self._heard_already:
+            known = min(self._heard_already, len(samples))
+            self._heard_already -= known
+            samples = samples[known:]
+        self._taken_samples += len(samples)
+        return samples
 
     async def _next(self) -> Received | _Anew | None:
         """The next command, or all the audio before it, in reasonable bites."""
@@ -161,6 +159,16 @@ class Intake:
         if self._taken_samples < SAMPLE_RATE:
             return self._wire.bytes_per_s
         return min(max(1, self._taken_bytes * SAMPLE_RATE // self._taken_samples), _MOST_BYTES_PER_S)
+
+
+def _decoded(decoder: LiveDecoder | ContainerDecoder, item: Received | _Anew) -> AsyncIterator[Samples]:
+    match item:
+        case bytes():
+            return decoder.feed(item)
+        case _Anew():
+            return _rest(decoder)
+        case _:
+            return _flushed(decoder)
 
 
 async def _flushed(decoder: LiveDecoder | ContainerDecoder) -> AsyncIterator[Samples]:

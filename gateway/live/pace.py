@@ -22,9 +22,3 @@ class Pace:
         now = self._clock()
         self._due = max(self._due, now - BURST_S) + self._each_s
         return max(0.0, self._due - now)
-
-    async def turn(self) -> None:
-        """Returns when the next frame may be taken."""
-        wait_s = self.wait_s()
-        if wait_s:
-            await asyncio.sleep(wait_s)

@@ -37,6 +37,15 @@ class Patience:
         finally:
             self._waiting = None
 
+    def lose(self) -> bool:
+        """Makes the wait under way have taken too long. False: there is none."""
+        if self._waiting is None:
+            return False
+        if not self._lost:
+            self._lost = True
+            self._waiting.cancel()
+        return True
+
     def end(self) -> None:
         """There will be no other wait."""
         if self._timer is not None:
@@ -57,5 +66,4 @@ class Patience:
         if self._loop.time() < self._until:
             self._set()
         else:
-            self._lost = True
-            self._waiting.cancel()
+            self.lose()

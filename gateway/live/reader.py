@@ -43,9 +43,11 @@ class Reader:
             raise
 
     async def _take(self, frame: str | bytes) -> None:
-        command = frame if isinstance(frame, bytes) else self._codec.command(frame)
-        match command:
-            case bytes() | Flush() | Clear():
+        if isinstance(frame, bytes):
+            await self._put(frame)
+            return
+        match self._codec.command(frame):
+            case (Flush() | Clear()) as command:
                 await self._put(command)
             case Stop():
                 self._stopped = True

@@ -13,6 +13,8 @@ from gateway.live.frames import Frames, Message, ResumeFailed
 
 KEPT_CHARACTERS = 256 * 1024
 
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 Before: TypeAlias = Callable[[int], Awaitable[None]]
 
 
@@ -93,5 +95,4 @@ class Record:
 
 def wire(message: Message, seq: int) -> str:
     """The message as it goes over the wire."""
-    numbered = {"type": message["type"], "seq": seq, **message}
-    return json.dumps(numbered, ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode({"type": message["type"], "seq": seq, **message})

@@ -196,10 +196,21 @@ async def _models(request: Request) -> list[dict[str, object]]:
     cards = [card for card in gateway.catalogue() if body.models is None or card.name in body.models]
     cards.sort(key=lambda card: card.name != body.default_model)  # stable: else the installation's default stays first
     entries = [_entry(card.name, card.engine, card.status) for card in cards]
-    if cards and TENANTS_DEFAULT not in [card.name for card in cards]:
+    if cards and TENANTS_DEFAULT not in [*body.aliases, *(card.name for card in cards)]:
         entries.insert(1, _entry(TENANTS_DEFAULT, cards[0].engine, cards[0].status) | {"alias_of": cards[0].name})
     entries += _of_relays(gateway.door.offers(caller.tenant_id), body, {str(entry["id"]) for entry in entries})
-    return [entry for entry in entries if entry["id"] != SCRIPTED]
+    named = {str(entry["id"]): entry for entry in entries}
+    return [entry for entry in {**named, **_of_aliases(body, named)}.values() if entry["id"] != SCRIPTED]
+
+
+def _of_aliases(body: PolicyBody, named: Mapping[str, dict[str, object]]) -> dict[str, dict[str, object]]:
+    """The policy's own names for these, which come before a model's."""
+    found = {}
+    for alias in body.aliases:
+        target = body.target(alias)
+        if entry := named.get(target) or named.get(target.partition("/")[2]):
+            found[alias] = entry | {"id": alias, "alias_of": target}
+    return found
 
 
 def _of_relays(offers: Sequence[Offer], body: PolicyBody, known: set[str]) -> Iterator[dict[str, object]]:

@@ -168,6 +168,9 @@ def _role(setting: str) -> str:
 
 def upgrade() -> None:
     app = _role("app_role")
+    op.execute(
+        "create index price_book_of_tenant on price_book (tenant_id, backend, currency)"
+    )  # asked at each opening
     for name, function in FUNCTIONS.items():
         op.get_bind().exec_driver_sql(function)
         op.execute(f"revoke execute on function {name} from public")
@@ -177,3 +180,4 @@ def upgrade() -> None:
 def downgrade() -> None:
     for name in FUNCTIONS:
         op.execute(f"drop function {name}")
+    op.execute("drop index price_book_of_tenant")

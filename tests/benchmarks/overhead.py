@@ -1,4 +1,5 @@
-"""What the gateway adds to a request: `serve` alone on one core; Postgres, the upstream and the clients on another.
+"""What the gateway adds to a request that it relays: `serve` alone on one core; Postgres, the relay's upstream and the
+clients on another.
 
 First requests on an absolute schedule, whether or not the earlier ones are answered, then as many as a few connections
 get through. Latency counts from the moment the client would send a request, so a queue is in it; how late the client
@@ -32,16 +33,19 @@ from rich.console import Console
 from rich.table import Table
 
 from dispatchers.interface import SAMPLE_RATE
+from dispatchers.providers import PROVIDERS
 from gateway.commands.local import local_gateway
-from policy import budget, policies, pricing, tenants
+from policy import budget, policies, pricing, relays, tenants
 from policy.identity import SCOPES, mint
 from policy.policies import PolicyBody
+from policy.relays import Relay
 from runtime.database import Database
 from runtime.embedded import with_database
 from runtime.settings import Settings
 from runtime.signing import signing_key
 
 SERVER_CORE, CLIENT_CORE = 0, 1
+RELAY = "bench"
 TENANTS = 20
 CONNECTIONS = 64
 WORKERS = 16
@@ -207,7 +211,7 @@ def run(console: Console, rate: int, seconds: float, settings: dict[str, str]) -
     os.sched_setaffinity(0, {CLIENT_CORE})
     with tempfile.TemporaryDirectory(prefix="stenogate-bench-") as scratch:
         with with_database(Settings(data_dir=Path(scratch, "database"))) as database, upstream() as behind:
-            tokens = asyncio.run(_tenants(database))
+            tokens = asyncio.run(_set_up(database, behind.url))
             urls = {
                 name: getattr(database, name).get_secret_value() for name in ("database_url", "system_database_url")
             }
@@ -260,19 +264,22 @@ def _figures(plain: Asked, asked: Asked, begun: Spent, ended: Spent) -> dict[str
     }
 
 
-async def _tenants(settings: Settings) -> list[str]:
-    """A token for each tenant. All have limits that are counted and none that is reached."""
+async def _set_up(settings: Settings, upstream_url: str) -> list[str]:
+    """A token for each tenant, whose audio goes to the upstream. All have limits that are counted and none that is
+    reached."""
     assert settings.database_url is not None
     assert settings.system_database_url is not None
     database = Database(settings.database_url.get_secret_value(), settings.system_database_url.get_secret_value())
     tokens: list[str] = []
     async with database.across_tenants("benchmark set-up") as tx:
+        relay = Relay(RELAY, "openai-compatible", base_url=f"{upstream_url}/v1", models=("whisper-1",))
+        await relays.put(tx, relay, providers=PROVIDERS, allow_http=True, actor="bench")
         for number in range(TENANTS):
             tenant = await tenants.create(tx, slug=f"o-{number}", actor="bench")
-            body = PolicyBody(max_requests=1_000, requests_per_minute=1_000_000)
+            body = PolicyBody(backends=(RELAY,), max_requests=1_000, requests_per_minute=1_000_000)
             await policies.put(tx, tenant.id, body, actor="bench")
             await pricing.set_price(
-                tx, backend="self_hosted", price_nano_per_hour=NANO, currency="USD", tenant_id=tenant.id, actor="bench"
+                tx, backend=RELAY, price_nano_per_hour=NANO, currency="USD", tenant_id=tenant.id, actor="bench"
             )
             await budget.set_budget(tx, tenant.id, period="month", limit_nano=1_000 * NANO, actor="bench")
             token = mint(
@@ -290,7 +297,11 @@ async def _tenants(settings: Settings) -> list[str]:
 class Upstream(asyncio.Protocol):
     """Answers any request with a transcript, in OpenAI's shape, at once."""
 
-    BODY = b'{"text":"the quick","language":"english","duration":1.02,"segments":[]}'
+    BODY = (
+        b'{"task":"transcribe","language":"english","duration":1.02,"text":"the quick","segments":[{"id":0,"seek":0,'
+        b'"start":0.0,"end":0.8,"text":" the quick","tokens":[464,2068],"temperature":0.0,"avg_logprob":-0.3,'
+        b'"compression_ratio":1.1,"no_speech_prob":0.01}]}'
+    )
     ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(BODY), BODY)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -56,25 +56,20 @@ async def child() -> Dispatcher:
     return started
 
 
-class HostedRelay(OpenAIRelay):
-    """A relay whose provider ends with it."""
-
-    hosts: AsyncExitStack
-
-    async def aclose(self) -> None:
-        await super().aclose()
-        await self.hosts.aclose()
+def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
+    """The relay, which closes the provider that it speaks to with itself."""
+    server.push_async_callback(relay.aclose)
+    relay.aclose = server.aclose  # type: ignore[method-assign]
+    return relay
 
 
 def relay(provider: str, flavour: Flavour) -> Callable[[], Awaitable[Dispatcher]]:
     async def hosted() -> Dispatcher:
-        hosts = AsyncExitStack()
-        server = await hosts.enter_async_context(openai_server(flavour))
+        server = AsyncExitStack()
+        opened = await server.enter_async_context(openai_server(flavour))
         quirks = PROVIDERS[provider].quirks
         assert isinstance(quirks, Quirks)
-        made = HostedRelay(server.account(), quirks)
-        made.hosts = hosts
-        return made
+        return attended(OpenAIRelay(opened.account(), quirks), server)
 
     return hosted
 
@@ -89,13 +84,6 @@ async def assemblyai() -> Dispatcher:
     server = AsyncExitStack()
     provider = await server.enter_async_context(assemblyai_server(SCRIPT))
     return attended(AssemblyAIRelay(provider.account()), server)
-
-
-def attended(relay: Dispatcher, server: AsyncExitStack) -> Dispatcher:
-    """The relay, which closes the server that it speaks to with itself."""
-    server.push_async_callback(relay.aclose)
-    relay.aclose = server.aclose  # type: ignore[method-assign]
-    return relay
 
 
 @contextmanager

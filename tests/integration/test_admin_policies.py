@@ -194,7 +194,7 @@ async def test_a_relay_is_known_by_its_name_and_models_before_it_is_plugged_in(
     relay = Relay("vllm-eu", "openai-compatible", "https://vllm.example/v1", "eu", ("whisper",))
     try:
         async with database.across_tenants("test") as tx:
-            await relays.put(tx, relay, providers=[relay.provider], allow_http=False, actor="test")
+            await relays.put(tx, relay, providers={relay.provider: None}, allow_http=False, actor="test")
         for body in (
             {"backends": ["vllm-eu"], "regions": ["eu"], "aliases": {"best": "vllm-eu/whisper"}},
             {"backends": ["relay"], "backend_models": {"vllm-eu": ["whisper"]}},
@@ -325,6 +325,49 @@ async def test_the_operator_asks_under_a_draft_or_another_version(
     allowed = await admin.post("/policies/explain", json={"question": {"model": "best"}, "body": draft})
     assert (allowed.json()["policy_version"], len(allowed.json()["candidates"])) == (None, 1)
     assert (await caller.get("/v1/policy")).json()["version"] == 3
+
+
+async def test_a_relay_without_a_price_is_refused_in_explain_and_serves_once_it_has_one(
+    server: Served, database: Database, customer: Tenant, admin: httpx.AsyncClient, caller: httpx.AsyncClient
+) -> None:
+    relay = Relay("vllm-eu", "openai-compatible", "https://vllm.example/v1", "eu", ("whisper",))
+    registry = server.gateway.door._registry
+    try:
+        async with database.across_tenants("test") as tx:
+            await relays.put(tx, relay, providers={relay.provider: None}, allow_http=False, actor="test")
+        await registry.refresh()
+        await put(admin, {"backends": ["self_hosted", "relay"], "aliases": {"theirs": "vllm-eu/whisper"}})
+        preferring = {"backend_preference": "prefer_relay"}
+        told = (await caller.post("/v1/policy/explain", json=preferring)).json()
+        assert [entry["backend"] for entry in told["candidates"]] == ["self_hosted"]
+        assert told["refused"] == [
+            {
+                "backend": "vllm-eu",
+                "model": "whisper",
+                "reason": "No price in USD is set for vllm-eu with whisper, so it is not for sale.",
+            }
+        ]
+        assert_problem(await caller.post("/v1/policy/explain", json={"model": "theirs"}), 403, "NO_PRICE")
+        async with database.across_tenants("test") as tx:
+            await set_price(
+                tx,
+                backend="vllm-eu",
+                price_nano_per_hour=1_000_000,
+                currency="USD",
+                tenant_id=customer.id,
+                actor="test",
+            )
+        told = (await caller.post("/v1/policy/explain", json={"model": "theirs"})).json()
+        assert [entry["price_per_hour"] for entry in told["candidates"]] == ["0.001000"]
+        told = (await caller.post("/v1/policy/explain", json=preferring)).json()
+        assert [entry["backend"] for entry in told["candidates"]] == ["vllm-eu", "self_hosted"]
+        await put(admin, {"backends": ["self_hosted", "relay"], "regions": ["here"]})
+        told = (await caller.post("/v1/policy/explain", json=preferring)).json()
+        assert [entry["backend"] for entry in told["candidates"]] == ["self_hosted"]
+        assert "`eu`" in told["refused"][0]["reason"]
+    finally:
+        await forget_relays(database)
+        await registry.refresh()
 
 
 async def test_the_decision_is_kept_with_the_session(admin: httpx.AsyncClient, caller: httpx.AsyncClient) -> None:

@@ -340,6 +340,22 @@ async def test_revocation_stops_one_token_at_once_and_is_audited(
         assert set(rows.scalars()) == {f"token/{caller.token_id}"}
 
 
+async def test_lately_is_a_second_ago(
+    database: Database, authenticator: Authenticator, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = minted(tenant)
+    caller = await authenticator.authenticate(token, lately=True)
+    async with database.across_tenants("test") as tx:
+        await tenants.set_status(tx, tenant.id, "suspended", actor="test")
+    assert await authenticator.authenticate(token, lately=True) == caller
+    with pytest.raises(TenantSuspended):
+        await authenticator.authenticate(token)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + identity.LATELY_S + 0.1)
+    with pytest.raises(TenantSuspended):
+        await authenticator.authenticate(token, lately=True)
+
+
 async def test_a_live_session_ends_with_its_token(authenticator: Authenticator, tenant: Tenant) -> None:
     now = int(time.time())
     with refused(TokenExpired):

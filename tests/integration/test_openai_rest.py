@@ -258,6 +258,17 @@ async def test_a_budget_that_does_not_cover_it(served: Served) -> None:
     assert body["error"]["code"] == "insufficient_quota"
 
 
+async def test_a_policys_aliases_are_listed_and_served(served: Served) -> None:
+    tenant = await served.tenant(aliases={"best": "good", "good": "self_hosted/micro", "whisper-1": "micro"})
+    async with served.http(served.token(tenant)) as http:
+        models = {entry["id"]: entry for entry in (await http.get("/v1/models")).json()["data"]}
+        told = {name: models[name]["alias_of"] for name in ("best", "good", "whisper-1")}
+        assert told == {"best": "self_hosted/micro", "good": "self_hosted/micro", "whisper-1": "micro"}
+        assert (await http.get("/v1/models/best")).json()["engine"] == models["micro"]["engine"]
+        response = await post(http, model="best")
+        assert (response.json()["text"], response.headers["x-stenogate-model"]) == (CLIP_TEXT, "micro")
+
+
 async def test_explain(http: httpx.AsyncClient) -> None:
     decision = (await http.post("/v1/policy/explain", json={"kind": "stream"})).json()
     assert decision["candidates"][0]["backend"] == "self_hosted"

@@ -268,6 +268,36 @@ async def test_one_that_fails_too_often_is_left_alone(
     assert f'stenogate_backend_credentials{{backend="{plugged.name}",state="open"}} 1.0' in metrics
 
 
+async def test_a_caller_who_leaves_pays_nothing_and_costs_what_was_asked(
+    gateway: Served, plugged: Plugged, provider: OpenAIServer
+) -> None:
+    tenant = await plugged.tenant()
+    provider.http.faults.append(FAULTS["silent"])
+    asking = asyncio.create_task(ask(gateway, tenant))
+    await until(lambda: not provider.http.faults)
+    asking.cancel()
+    await asyncio.wait({asking})
+    async with asyncio.timeout(10):
+        while not (found := await accounts(gateway, tenant))[1]:  # noqa: ASYNC110  nobody tells
+            await asyncio.sleep(0.05)
+    assert found == (
+        [],
+        [
+            LegRow(
+                plugged.name,
+                "cancelled",
+                0,
+                CLIP_MS,
+                CLIP_MS,
+                amount_nano(CLIP_MS, RELAY_COST_NANO_PER_HOUR),
+                has_credential=True,
+            )
+        ],
+    )
+    registry = gateway.gateway.door._registry
+    assert registry.plugs()[plugged.name].recogniser._requests.taken == 0  # type: ignore[attr-defined]
+
+
 # --- credentials ------------------------------------------------------------------------------------------------------
 
 

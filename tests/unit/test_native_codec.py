@@ -32,7 +32,7 @@ from gateway.live.codec import Metrics, Ping, Stop, Unknown
 from gateway.live.frames import Undecodable
 from gateway.live.intake import AHEAD_MS, MESSAGES_AHEAD, Intake
 from gateway.live.latency import Latency
-from gateway.protocols.native_ws import Native
+from gateway.protocols.native_codec import Native
 from policy.errors import Invalid
 
 PLAIN = Wire("pcm_s16le", 16_000)

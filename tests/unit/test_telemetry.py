@@ -16,6 +16,8 @@ from uuid import UUID
 
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime import telemetry
@@ -204,3 +206,9 @@ async def test_a_blocked_loop_shows() -> None:
     watch.cancel()
     with pytest.raises(asyncio.CancelledError):
         await watch
+
+
+@given(st.text(alphabet="eEyYJj0 .:/@=-_abBearcisktonw\n", max_size=60))
+def test_nothing_that_is_masked_passes_for_harmless(text: str) -> None:
+    found = any(pattern.search(text) for pattern, _ in telemetry.CREDENTIALS)
+    assert not found or telemetry.MAYBE_A_CREDENTIAL.search(text)

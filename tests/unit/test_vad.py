@@ -20,6 +20,13 @@ from dispatchers.interface import VadOptions
 SAMPLES = Path(__file__).parents[2] / "dispatchers/engine/micro/samples"
 SPEECH = Path(__file__).parents[1] / "fixtures/speech"
 
+NEAR = 1e-5
+"""How near the probabilities of the same audio are, however it is batched."""
+
+NEAR_THE_GRAPH = 3e-5
+"""The packaged graph computes in single precision, and on what is tested here is up to 2.3e-5 from what it gives in
+double precision; how it is rounded depends on the processor."""
+
 
 @pytest.fixture(scope="module")
 def vad() -> SileroVad:
@@ -89,7 +96,7 @@ async def test_it_is_the_packaged_model(vad: SileroVad):
     together = await asyncio.gather(*(listen(number, audio) for number, audio in enumerate(every.values())))
     for (name, audio), told in zip(every.items(), together, strict=True):
         expected = packaged(audio)
-        assert np.abs(told - expected).max() <= 1e-5, name
+        assert np.abs(told - expected).max() <= NEAR_THE_GRAPH, name
         one, other = (Segmenter(VadOptions()) for _ in range(2))
         assert [edges(action) for action in [*one.feed(audio, told), *one.flush()]] == [
             edges(action) for action in [*other.feed(audio, expected), *other.flush()]
@@ -102,7 +109,7 @@ async def test_pieces_of_any_length_give_the_same(vad: SileroVad, audio: np.ndar
     for size in [1, 511, 512, 513, 0, 1_600, 7, 30_000, 80_000]:
         pieces.append(await stream.feed(audio[at : at + size]))
         at += size
-    assert np.abs(np.concatenate(pieces) - await vad.stream().feed(audio)).max() <= 1e-5
+    assert np.abs(np.concatenate(pieces) - await vad.stream().feed(audio)).max() <= NEAR
 
 
 async def test_streams_do_not_hear_each_other(vad: SileroVad, audio: np.ndarray):
@@ -131,7 +138,7 @@ async def test_many_streams_together_are_told_what_each_is_told_alone(vad: Siler
 
     together = await asyncio.gather(*map(listen, range(len(clips)), clips))
     for clip, expected, (told, actions) in zip(clips, alone, together, strict=True):
-        assert np.abs(told - expected).max() <= 1e-5
+        assert np.abs(told - expected).max() <= NEAR
         segmenter = Segmenter(VadOptions())
         boundaries = [*segmenter.feed(clip, expected), *segmenter.flush()]
         assert [edges(action) for action in actions] == [edges(action) for action in boundaries]
@@ -150,7 +157,7 @@ async def test_a_stream_that_leaves_does_not_disturb_the_others(vad: SileroVad, 
         feed.cancel()
     told = await asyncio.gather(*feeds, return_exceptions=True)
     assert all(isinstance(one, asyncio.CancelledError) for one in told[::2])
-    assert all(np.abs(one - expected).max() <= 1e-5 for one in told[1::2] if not isinstance(one, BaseException))
+    assert all(np.abs(one - expected).max() <= NEAR for one in told[1::2] if not isinstance(one, BaseException))
 
 
 async def test_a_model_that_fails_is_told_to_those_who_wait_and_goes_on(audio: np.ndarray):
