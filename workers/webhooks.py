@@ -50,6 +50,7 @@ LIMITS = Limits(most_bytes=0, total_s=20.0, connect_s=5.0, idle_s=20.0)
 LEASE_S = 60
 POLL_S = 0.5
 PAUSE_S = 0.02
+PARTING_S = 2.0
 AT_ONCE = 32
 PER_ENDPOINT = 8
 BATCH = 200
@@ -97,7 +98,7 @@ class Sender:
         self._free = asyncio.Event()
 
     async def run(self) -> None:
-        """Until cancelled; then what is under way is given back."""
+        """Until cancelled; then what is under way has a moment to end, and is given back."""
         try:
             while True:
                 self._free.clear()
@@ -109,6 +110,8 @@ class Sender:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._free.wait(), POLL_S)
         finally:
+            if self._sending:
+                await asyncio.wait(self._sending, timeout=PARTING_S)
             for task in self._sending:
                 task.cancel()
             await asyncio.gather(*self._sending, return_exceptions=True)
@@ -116,7 +119,8 @@ class Sender:
     async def round(self) -> int:
         """Makes deliveries of what happened, and begins to send those that are due. Returns how many."""
         async with self._database.across_tenants("events that webhooks wait for") as tx:
-            await tx.execute(_FAN_OUT, {"batch": BATCH, "test": TEST})
+            if (await tx.execute(_FAN_OUT, {"batch": BATCH, "test": TEST})).rowcount == BATCH:
+                self._free.set()  # there may be more
         free = AT_ONCE - len(self._sending)
         claimed = await self._claim(free) if free > 0 else []
         for each in claimed:
@@ -156,7 +160,7 @@ class Sender:
 
     async def _try(self, claimed: _Claimed) -> _Outcome:
         began = time.monotonic()
-        status, detail, wait_s = None, None, None
+        word, status, detail, wait_s = "", None, None, None
         try:
             async with self._database.across_tenants("secrets of a webhook") as tx:
                 keys = await signing.valid(tx, self._sealer, claimed.tenant_id, claimed.endpoint_id)
@@ -166,9 +170,10 @@ class Sender:
                 "POST", claimed.url, limits=LIMITS, headers=headers, content=claimed.body
             ) as answer:
                 status, wait_s = answer.status, _wait_s(answer.headers.get("retry-after", ""))
-            word = "delivered" if 200 <= status < 300 else "refused"
+                word = "delivered" if 200 <= status < 300 else "refused"
         except StenogateError as error:
-            word, detail = error.code, None if isinstance(error, Misconfigured) else error.message
+            if status is None:
+                word, detail = error.code, None if isinstance(error, Misconfigured) else error.message
         return _Outcome(word, status, int((time.monotonic() - began) * 1000), detail, wait_s)
 
     async def _give_back(self, claimed: _Claimed) -> None:

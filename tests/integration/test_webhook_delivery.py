@@ -418,7 +418,20 @@ async def test_who_lost_its_claim_changes_nothing(post: Post, receiver: Receiver
     assert (await post.told(made)).delivery.status == "delivered"
 
 
-async def test_who_is_asked_to_end_gives_back(post: Post, receiver: Receiver) -> None:
+async def test_who_is_asked_to_end_ends_what_it_can(post: Post, receiver: Receiver) -> None:
+    made = await post.endpoint(receiver.server.url)
+    await post.happens()
+    receiver.server.faults = [Fault(wait_s=0.3)]
+    task = asyncio.create_task(post.sender.run())
+    await until(lambda: len(receiver.got) == 1)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (await post.told(made)).delivery.status == "delivered"
+
+
+async def test_and_gives_back_what_it_cannot(post: Post, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "LIMITS", Limits(most_bytes=0, total_s=600, idle_s=600))
+    monkeypatch.setattr(webhooks, "PARTING_S", 0.2)
     made = await post.endpoint(receiver.server.url)
     await post.happens()
     receiver.server.faults = [Fault(wait_s=3600)]
