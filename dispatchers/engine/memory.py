@@ -1,8 +1,8 @@
 """glibc's allocator, told to keep what it has.
 
 A window of 30 s takes buffers of up to some 60 MiB, which by default are mapped anew and given back for each
-recognition: half of its CPU went to the kernel's clearing of pages (micro model, windows of 30 s: 132 ms a clip, 65 with
-this, for 90 MiB more of memory).
+recognition: half of its CPU went to the kernel's clearing of pages (micro model, windows of 30 s: 132 ms a clip, 65
+with this, for 90 MiB more of memory).
 """
 
 from __future__ import annotations
