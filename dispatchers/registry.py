@@ -15,7 +15,6 @@ from typing import TypeAlias
 from uuid import UUID
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from dispatchers.adapters.guarded import Guarded
 from dispatchers.errors import DispatchError
@@ -106,11 +105,11 @@ class Registry:
             await asyncio.gather(*(self._probe(plug) for plug in self._plugs.values()))
 
     async def keep_up(self) -> None:
-        """Plugs in what there is now. Where the database cannot say, what there was goes on."""
+        """Plugs in what there is now. Where that cannot be found out, what there was goes on."""
         try:
             await self.refresh()
             await self._note_used()
-        except (OSError, SQLAlchemyError) as error:
+        except Exception as error:  # noqa: BLE001 — whatever it is, it must not be the last time
             log.warning("relays.not_refreshed", error=type(error).__name__)
 
     async def refresh(self) -> None:
