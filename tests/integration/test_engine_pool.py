@@ -178,6 +178,22 @@ async def test_an_engine_killed_in_mid_utterance_costs_no_utterance(well: str) -
     assert len(expected) >= 3
 
 
+async def test_an_engine_that_is_asked_to_end_finishes_what_it_has(well: str) -> None:
+    before = telemetry.ENGINE_RETRIES.labels("BACKEND_UNAVAILABLE")._value.get()
+    with engine_process() as first:
+        async with pool_of(first.url, well) as pool:
+            await until(lambda: len(labels(pool)) == 2)
+            asked = [asyncio.create_task(pool.transcribe(CLIP, FINAL)) for _ in range(8)]
+            await until(lambda: pool.members[0].in_flight > 0)
+            await asyncio.sleep(0.05)
+            first.process.send_signal(signal.SIGTERM)
+            assert {(await each).text for each in asked} == {SAID}
+            await until(lambda: not pool.members[0].ready)
+            assert await asyncio.to_thread(first.process.wait, 30) in (0, -signal.SIGTERM)
+            assert (await pool.transcribe(CLIP, FINAL)).text == SAID
+    assert telemetry.ENGINE_RETRIES.labels("BACKEND_UNAVAILABLE")._value.get() == before
+
+
 async def test_an_engine_that_hangs_is_given_up_with_what_it_has(well: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(member, "PROBE_S", 0.5)
     with engine_process() as first:
