@@ -17,6 +17,8 @@ from runtime.ids import uuid7
 
 Status: TypeAlias = Literal["active", "suspended", "closed"]
 
+_SLUG = re.compile("[a-z0-9][a-z0-9-]{0,62}")
+
 
 @dataclass(frozen=True)
 class Tenant:
@@ -40,7 +42,7 @@ async def create(
     actor: str,
 ) -> Tenant:
     """A new, active tenant with version 1 of the default policy. Raises `Invalid`; `Conflict` if the slug is taken."""
-    if not re.fullmatch("[a-z0-9][a-z0-9-]{0,62}", slug):
+    if not _SLUG.fullmatch(slug):
         raise Invalid("A slug is 1 to 63 lower-case letters, digits and hyphens.", param="slug")
     if not re.fullmatch("[A-Z]{3}", currency):
         raise Invalid("A currency is an ISO 4217 code such as USD.", param="currency")
@@ -62,8 +64,10 @@ async def create(
 
 
 async def by_slug(tx_system: Transaction, slug: str) -> Tenant:
-    """Raises `NotFound`."""
-    return _found((await tx_system.execute(text(f"{_SELECT} where slug = :slug"), {"slug": slug})).one_or_none())
+    """Raises `NotFound`, also for what no slug is: Postgres would not take all of it."""
+    query = text(f"{_SELECT} where slug = :slug")
+    row = (await tx_system.execute(query, {"slug": slug})).one_or_none() if _SLUG.fullmatch(slug) else None
+    return _found(row)
 
 
 async def by_id(tx: Transaction, tenant_id: UUID) -> Tenant:
