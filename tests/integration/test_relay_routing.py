@@ -8,13 +8,16 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy import text
 
+from dispatchers import registry
 from dispatchers.audio.decode import load
+from dispatchers.health import Breaker, Limits
 from gateway.errors import MEANINGS
 from policy import policies
 from policy.policies import PolicyBody
@@ -324,8 +327,23 @@ async def test_a_caller_who_leaves_pays_nothing_and_costs_what_was_asked(
             )
         ],
     )
-    registry = gateway.gateway.door._registry
-    assert registry.plugs()[plugged.name].recogniser._requests.taken == 0  # type: ignore[attr-defined]
+    assert gateway.gateway.door._registry.plugs()[plugged.name].recogniser._requests.taken == 0  # type: ignore[attr-defined]
+
+
+async def test_one_that_is_well_again_is_found_without_a_request(
+    gateway: Served, provider: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a question that costs nothing."""
+    monkeypatch.setattr(registry, "Breaker", partial(Breaker, limits=Limits(in_a_row=1, open_s=0.3)))
+    async with relay(gateway, "openai", provider.base_url, KEY, models=("micro",)) as plugged:
+        provider.http.fault = FAULTS["failed"]
+        await ask(gateway, await plugged.tenant())
+        assert not plugged.offer().up
+        await asyncio.sleep(0.7)
+        assert not plugged.offer().up
+        provider.http.fault = None
+        await until(lambda: plugged.offer().up)
+        assert {request.path for request in provider.http.requests[-2:]} == {"/v1/models"}
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------
