@@ -104,7 +104,7 @@ class Fleet:
             try:
                 self._settle(url, port, await self._look_up(host, port))
                 known = True
-            except OSError as error:
+            except (OSError, UnicodeError) as error:
                 if known:
                     log.warning("engine.unknown_host", host=host, error=type(error).__name__)
                 known = False
