@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from uuid import UUID
 
+import httpx
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -178,7 +179,7 @@ class Registry:
                 models=relay.models,
             )
             recogniser = open_relay(relay.provider, account)
-        except (KeyError, ValueError, ImportError) as error:
+        except (KeyError, ValueError, ImportError, httpx.InvalidURL) as error:
             self._unusable.add(key)
             log.error("relay.unusable", relay=relay.name, why=error)  # noqa: TRY400 — it names the remedy
             return None

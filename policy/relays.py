@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from typing import Any, Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
 
+import httpx
 from sqlalchemy import Row, text
 
 from policy import audit, credentials
@@ -176,7 +177,8 @@ def _check_url(url: str, *, allow_http: bool) -> None:
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
-    except ValueError:
+        httpx.URL(url)  # who is to go there must understand it
+    except (ValueError, httpx.InvalidURL):
         host = None
     plain = url.isascii() and url.isprintable() and " " not in url and "\\" not in url and len(url) <= LONGEST_URL
     if not (plain and host and parts.scheme in ("http", "https")) or {"@", "?", "#"} & set(url):

@@ -95,6 +95,8 @@ async def test_a_relay_is_put_changed_disabled_and_removed(tx: Transaction) -> N
                 "https://api .example",
                 "https://api.example/\r\nx: y",
                 "https://[::1",
+                "https://[v1.x]/",
+                "https://1.2.3.999",
                 "https://api.example/" + "a" * 500,
             )
         ),

@@ -120,6 +120,15 @@ async def test_a_server_of_ones_own_may_need_no_key(there: There) -> None:
     assert (offer.kind, offer.region, offer.streaming) == ("relay", "eu", True)
 
 
+async def test_an_address_that_nobody_understands_is_left_out() -> None:
+    odd = replace(SERVER, name="odd", base_url="https://1.2.3.999/v1")
+    there = There(known=((odd, SERVER), ()))
+    registry = there.registry()
+    await registry.refresh()
+    assert set(registry.plugs()) == {"vllm-eu"}
+    await registry.aclose()
+
+
 @pytest.mark.parametrize(
     "relay", [Relay("odd", "no-such-provider"), Relay("nowhere", "vllm", models=("small",)), Relay("bare", "vllm")]
 )
