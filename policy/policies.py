@@ -29,7 +29,7 @@ RELAYS = "relay"
 Kind: TypeAlias = Literal["file", "stream", "job"]
 Feature: TypeAlias = Literal["words", "translate", "streaming", "speakers"]
 Language = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
-ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+ModelName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]  # Postgres stores no NUL
 BackendName = Annotated[str, Field(pattern="^(self_hosted|[a-z][a-z0-9-]{0,62})$")]
 Region = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
 Amount = Annotated[str, Field(strict=True, pattern=r"^(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?$")]
