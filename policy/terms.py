@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from policy import policies, pricing, tenants
-from policy.errors import ModelNotFound, NoPrice, NotAllowed
+from policy.errors import Invalid, ModelNotFound, NoPrice, NotAllowed
 from policy.outage import ledger_reachable
 from policy.policies import Policy
 from policy.pricing import PriceList
@@ -68,7 +68,7 @@ class TermsBook:
         terms = await self.of(tenant_id)
         try:
             return terms, terms.decide(demand, offers)
-        except (NotAllowed, ModelNotFound, NoPrice):
+        except (Invalid, NotAllowed, ModelNotFound, NoPrice):
             terms = await self.of(tenant_id, anew=True)
             return terms, terms.decide(demand, offers)
 

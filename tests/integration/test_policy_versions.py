@@ -292,6 +292,21 @@ async def test_what_was_kept_refuses_nothing(database: Database, tenant: Tenant)
     assert price.price_nano_per_hour == 5
 
 
+async def test_a_limit_that_was_kept_refuses_nothing_either(database: Database, tenant: Tenant) -> None:
+    async with database.across_tenants("test") as tx:
+        await policies.put(tx, tenant.id, PolicyBody(max_file_ms=1000), actor="ops")
+        await set_price(
+            tx, backend="self_hosted", price_nano_per_hour=5, currency="USD", tenant_id=tenant.id, actor="test"
+        )
+    book = TermsBook(database, clock=Clock())
+    with pytest.raises(Invalid):
+        await book.decide(tenant.id, Demand("file", audio_ms=2000), [OURS])
+    async with database.across_tenants("test") as tx:
+        await policies.put(tx, tenant.id, PolicyBody(max_file_ms=2000), actor="ops")
+    terms, _ = await book.decide(tenant.id, Demand("file", audio_ms=2000), [OURS])
+    assert terms.policy.version == 3
+
+
 async def test_no_tenants_terms_are_anothers(database: Database, tenant: Tenant, other_tenant: Tenant) -> None:
     book = TermsBook(database, clock=Clock())
     await put(database, tenant, 2)
