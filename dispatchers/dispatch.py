@@ -30,7 +30,7 @@ from dispatchers.route import Route
 from dispatchers.streaming import Continuation, Live, Outlives, Summary, merged, stream_outcome
 from policy.admission import Admission, Lease, Outcome
 from policy.endpointing import settle
-from policy.errors import NotAllowed, TakenOver
+from policy.errors import NotAllowed, NothingUp, PolicyError, TakenOver
 from policy.identity import Authenticator, Caller
 from policy.policies import Policy, PolicyBody
 from policy.resolve import Candidate, Decision, Demand, Offer, permit
@@ -232,14 +232,15 @@ class Door:
 
     async def _still_allowed(self, lease: Lease) -> tuple[Candidate, ...]:
         """The lease's candidates, without those that a later policy forbids: a job may wait long. Raises `NotAllowed`
-        where none is left."""
+        where none is left, `NothingUp` where none is plugged in any more."""
         policy = (await self.terms.of(lease.tenant_id)).policy
         if policy.version == lease.policy.version:
             return lease.decision.candidates
         return self._permitted(policy, Demand("job"), lease)
 
     def _permitted(self, policy: Policy, demand: Demand, lease: Lease) -> tuple[Candidate, ...]:
-        allowed, refusal = [], NotAllowed()
+        allowed: list[Candidate] = []
+        refusal: PolicyError = NothingUp()
         for candidate in lease.decision.candidates:
             plug = self._registry.plug(lease.tenant_id, candidate.backend)
             if plug is None:
