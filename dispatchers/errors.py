@@ -3,7 +3,7 @@
 DispatchError
 ├── AudioError            the recording itself; the caller must change it
 │   ├── EmptyAudio · NotAudio · AudioTooShort · AudioTooLong · UnsupportedAudio
-├── OptionError           what was asked of the recogniser
+├── OptionError           what was asked of the recogniser; another backend may know how
 │   ├── UnknownModel · UnsupportedOption
 └── BackendError          the recogniser; another backend may do better
     ├── BackendUnavailable (EngineLost · Withdrawn) · BackendTimeout · BackendFailed (BadAnswer)
@@ -53,6 +53,7 @@ class AudioTooLong(AudioError):
     """The audio is longer than the tenant's policy allows."""
 
     code = "AUDIO_TOO_LONG"
+    elsewhere = True
 
 
 class UnsupportedAudio(AudioError):
@@ -65,6 +66,7 @@ class OptionError(DispatchError):
     """An option cannot be honoured."""
 
     code = "BAD_PARAMETERS"
+    elsewhere = True
 
 
 class UnknownModel(OptionError):

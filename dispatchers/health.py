@@ -16,7 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from dispatchers.errors import BackendUnavailable, CredentialRefused, DispatchError, Overloaded, Superseded, Throttled
+from dispatchers.errors import (
+    AudioError,
+    BackendUnavailable,
+    CredentialRefused,
+    DispatchError,
+    OptionError,
+    Overloaded,
+    Superseded,
+    Throttled,
+)
 from runtime.errors import StenogateError
 from runtime.telemetry import BACKEND_COOL_DOWNS, BREAKER_TRANSITIONS
 
@@ -132,8 +141,8 @@ class Breaker:
                 BACKEND_COOL_DOWNS.labels(self.backend).inc()
                 self._answered()
                 self._cool_until = self._clock() + (self._limits.cool_s if seconds is None else seconds)
-            case Overloaded() | Superseded():
-                pass
+            case Overloaded() | Superseded() | OptionError() | AudioError():
+                pass  # it was not asked, or did what it could
             case DispatchError(elsewhere=False):
                 self._answered()
             case StenogateError() if not isinstance(error, DispatchError):

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import httpx
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from dispatchers.adapters.guarded import Guarded
 from dispatchers.errors import DispatchError
@@ -67,7 +66,7 @@ class Registry:
         self._of_tenants: dict[UUID, dict[str, Plug]] = {}
         self._unusable: set[Key] = set()
         self._budgets: defaultdict[str, RetryBudget] = defaultdict(RetryBudget)
-        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # that close, or ask
 
     def plugs(self, tenant_id: UUID | None = None) -> Mapping[str, Plug]:
         """By backend, as this tenant has them."""
@@ -104,14 +103,15 @@ class Registry:
         while True:
             await asyncio.sleep(self._relays.refresh_s)
             await self.keep_up()
-            await asyncio.gather(*(self._probe(plug) for plug in self._plugs.values()))
+            for plug in self._plugs.values():
+                self._begin(self._probe(plug))
 
     async def keep_up(self) -> None:
-        """Plugs in what there is now. Where the database cannot say, what there was goes on."""
+        """Plugs in what there is now. Where that cannot be found out, what there was goes on."""
         try:
             await self.refresh()
             await self._note_used()
-        except (OSError, SQLAlchemyError) as error:
+        except Exception as error:  # noqa: BLE001 — whatever it is, it must not be the last time
             log.warning("relays.not_refreshed", error=type(error).__name__)
 
     async def refresh(self) -> None:
@@ -141,8 +141,8 @@ class Registry:
         for plug in self._plugs.values():
             self._close(plug)
         self._plugs, self._shared, self._of_tenants = {}, {}, {}
-        if self._closing:
-            _, slow = await asyncio.wait(self._closing, timeout=CLOSE_S)
+        if self._tasks:
+            _, slow = await asyncio.wait(self._tasks, timeout=CLOSE_S)
             for task in slow:
                 task.cancel()
             await asyncio.gather(*slow, return_exceptions=True)
@@ -197,9 +197,12 @@ class Registry:
         )
 
     def _close(self, plug: Plug) -> None:
-        task = asyncio.create_task(plug.close())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._begin(plug.close())
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop itself keeps no task alive
+        task.add_done_callback(self._tasks.discard)
 
     async def _note_used(self) -> None:
         assert self._relays is not None  # noqa: S101

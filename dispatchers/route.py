@@ -17,7 +17,7 @@ from itertools import pairwise
 from dispatchers.adapters.failover import failover
 from dispatchers.adapters.per_channel import per_channel
 from dispatchers.adapters.tallied import Tally
-from dispatchers.errors import BackendUnavailable, DispatchError
+from dispatchers.errors import AudioError, BackendUnavailable, DispatchError, OptionError
 from dispatchers.interface import (
     SAMPLE_RATE,
     Dispatcher,
@@ -29,6 +29,7 @@ from dispatchers.interface import (
     Segment,
     StreamInput,
     Transcript,
+    ignore,
 )
 from dispatchers.plug import Plug
 from dispatchers.registry import Registry
@@ -92,7 +93,8 @@ class Route:
 
     async def transcribe(self, options: Options, samples: Samples, heard: Heard) -> tuple[Transcript, Candidate]:
         """The first candidate that can; the next one only after a failure that another need not have, of which nobody
-        has seen a word, while there is time, and not too often."""
+        has seen a word, while there is time, and not too often. Who cannot do what is asked has not failed: what is
+        raised is the failure of another, if there was one."""
         spoken = False
 
         def note(segment: Segment) -> None:
@@ -100,21 +102,26 @@ class Route:
             spoken = True
             heard(segment)
 
-        failure: DispatchError = BackendUnavailable()
+        told = ignore if heard is ignore else note  # backends do more for who listens
+        failure: DispatchError | None = None
         until = time.monotonic() + LONGEST_S + len(samples) / SAMPLE_RATE
         for candidate in self.candidates:
             plug = self.plug(candidate)
             if plug is None or (not plug.up and candidate is not self.candidates[-1]):
+                failure = failure or BackendUnavailable()
                 continue
             budget = self._registry.budget(candidate.backend)
             budget.asked()
             try:
                 with self.leg(candidate, plug, self.from_ms) as leg:
-                    transcript = await leg.dispatcher.transcribe(samples, leg.options(options), note)
+                    transcript = await leg.dispatcher.transcribe(samples, leg.options(options), told)
             except DispatchError as error:
-                failure = error
+                unable = isinstance(error, OptionError | AudioError)
+                failure = failure if failure is not None and unable else error
                 if spoken or not error.elsewhere or time.monotonic() > until:
                     break
+                if unable:
+                    continue
                 if candidate is not self.candidates[-1] and not budget.take():
                     FAILOVERS_REFUSED.labels(candidate.backend).inc()
                     break
@@ -122,7 +129,7 @@ class Route:
                     FAILOVERS.labels(candidate.backend, "recording").inc()
             else:
                 return transcript, candidate
-        raise failure
+        raise failure or BackendUnavailable()
 
     # --- streams ---
 

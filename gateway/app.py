@@ -18,6 +18,7 @@ from gateway.api import (
     sessions,
     tickets,
     usage,
+    webhooks,
 )
 from gateway.middleware import Answered, Identified, nowhere
 from gateway.protocols import native_ws, openai_rest
@@ -29,6 +30,7 @@ ROUTES: tuple[BaseRoute, ...] = (
     *tickets.routes,
     *config.routes,
     *jobs.routes,
+    *webhooks.routes,
     *sessions.routes,
     *audio.routes,
     *usage.routes,

@@ -121,6 +121,8 @@ MEANINGS: Mapping[str, Meaning] = {
     "SETTING_FIXED": Meaning(409, 4400, "Read at the start only"),
     "UPLOAD_STALLED": Meaning(408, 4408, "Upload stalled"),
     "TOO_LARGE": Meaning(413, 1009, "Too large"),
+    "URL_REFUSED": Meaning(400, 4400, "URL not allowed"),
+    "URL_UNREACHABLE": Meaning(400, 4400, "URL not reachable"),
     "UNSUPPORTED_MEDIA_TYPE": Meaning(400, 1003, "Unsupported content type"),
     # the audio
     "EMPTY_AUDIO": Meaning(400, 1007, "Empty audio"),

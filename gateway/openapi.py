@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from dispatchers.formats import FORMATS
-from gateway import openapi_policies, openapi_relays
+from gateway import openapi_policies, openapi_relays, openapi_webhooks
 from gateway.errors import MEANINGS, MEDIA_TYPE
 from gateway.openapi_paths import PATHS, listed, obj, ref
 
@@ -311,7 +311,7 @@ def document() -> dict[str, Any]:
             "description": "Speech in, text and bills out: recordings, live streams and jobs.",
         },
         "security": [{"bearer": []}],
-        "paths": PATHS | openapi_policies.PATHS | openapi_relays.PATHS,
+        "paths": PATHS | openapi_webhooks.PATHS | openapi_policies.PATHS | openapi_relays.PATHS,
         "components": {
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
             "responses": {
@@ -320,7 +320,7 @@ def document() -> dict[str, Any]:
                     "content": {MEDIA_TYPE: {"schema": ref("Problem")}},
                 }
             },
-            "schemas": SCHEMAS | openapi_policies.SCHEMAS | openapi_relays.SCHEMAS,
+            "schemas": SCHEMAS | openapi_webhooks.SCHEMAS | openapi_policies.SCHEMAS | openapi_relays.SCHEMAS,
         },
         "x-codes": {
             code: {"status": meaning.status, "close": meaning.close, "title": meaning.title}

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import CloseCode
 from websockets.protocol import OPEN
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ except ImportError:  # a platform for which it is not compiled
 
 READ_AHEAD_BYTES = 64 * 1024
 """What may wait for the application. Beyond it the socket is not read, which its sender feels as back-pressure."""
+FRAGMENTS_MOST = 4096
+"""Of one message, for they may be empty."""
 
 _WHOLE_TEXT, _WHOLE_BINARY = 0x81, 0x82
 _MASKED = 0x80
@@ -59,15 +62,20 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
                 self._hear(apply_mask(data[begin:end], data[begin - _MASK_BYTES : begin]), end - at)
             else:
                 super().data_received(data[at:end])
+                self._bound()
             at = end
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.queue.empty():
+            self._read_on()
 
     async def receive(self) -> ASGIReceiveEvent:
         message = await self.queue.get()
         if self.queue.empty():
             self._waiting_bytes = 0
-            if self.read_paused:
-                self.read_paused = False
-                self.transport.resume_reading()
+            if self.writable.is_set():
+                self._read_on()
         return message
 
     async def send(self, message: ASGISendEvent) -> None:
@@ -80,9 +88,28 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def _hear(self, audio: bytes, size: int) -> None:
         self.queue.put_nowait({"type": "websocket.receive", "bytes": audio})
         self._waiting_bytes += size
-        if self._waiting_bytes > READ_AHEAD_BYTES and not self.read_paused:
+        if self._waiting_bytes > READ_AHEAD_BYTES:
+            self._pause()
+
+    def _bound(self) -> None:
+        """What the library does not: a message of ever more fragments, and pongs that are asked for and never read."""
+        if self.transport.is_closing():
+            return
+        if len(self.frames) > FRAGMENTS_MOST:
+            self.conn.fail(CloseCode.MESSAGE_TOO_BIG)
+            self.handle_parser_exception()
+        elif not self.writable.is_set():
+            self._pause()
+
+    def _pause(self) -> None:
+        if not self.read_paused:
             self.read_paused = True
             self.transport.pause_reading()
+
+    def _read_on(self) -> None:
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
 
 
 def _payload(data: bytes, at: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Annotated, Any, Literal, TypeAlias
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from sqlalchemy import text
 
 from policy import audit
@@ -29,10 +29,12 @@ RELAYS = "relay"
 Kind: TypeAlias = Literal["file", "stream", "job"]
 Feature: TypeAlias = Literal["words", "translate", "streaming", "speakers"]
 Language = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
-ModelName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00]*$")]  # Postgres stores no NUL
+ModelName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 BackendName = Annotated[str, Field(pattern="^(self_hosted|[a-z][a-z0-9-]{0,62})$")]
 Region = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
 Amount = Annotated[str, Field(strict=True, pattern=r"^(0|[1-9][0-9]{0,8})(\.[0-9]{1,9})?$")]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Positive = Annotated[int, Field(gt=0, le=10**15)]
 
 HOUR_MS = 3_600_000
 HOUR_S = 3_600
@@ -62,17 +64,17 @@ class PolicyBody(BaseModel):
     languages: tuple[Language, ...] | None = Field(None, description="Languages that may be asked for, ISO 639.")
     features: frozenset[Feature] | None = Field(None, description="Allowed features.")
 
-    max_streams: int = Field(8, ge=0, description="Live streams at once.")
-    max_speaking: PositiveInt | None = Field(None, description="Live streams transcribed as they speak, at once.")
-    max_requests: int = Field(16, ge=0, description="File requests at once.")
-    requests_per_minute: PositiveInt | None = Field(600, description="Requests of any kind.")
-    max_file_ms: PositiveInt = Field(4 * HOUR_MS, description="Longest recording.")
-    max_job_ms: PositiveInt | None = Field(None, description="Longest recording of a job. None: as `max_file_ms`.")
-    max_stream_ms: PositiveInt = Field(4 * HOUR_MS, description="Longest live stream.")
+    max_streams: Count = Field(8, description="Live streams at once.")
+    max_speaking: Positive | None = Field(None, description="Live streams transcribed as they speak, at once.")
+    max_requests: Count = Field(16, description="File requests at once.")
+    requests_per_minute: Positive | None = Field(600, description="Requests of any kind.")
+    max_file_ms: Positive = Field(4 * HOUR_MS, description="Longest recording.")
+    max_job_ms: Positive | None = Field(None, description="Longest recording of a job. None: as `max_file_ms`.")
+    max_stream_ms: Positive = Field(4 * HOUR_MS, description="Longest live stream.")
     vad: VadRules | None = Field(None, description="Endpointing of live streams. None: the installation's range.")
-    max_upload_bytes: PositiveInt | None = Field(None, description="Largest upload. None: the installation's.")
-    job_threshold_bytes: PositiveInt | None = Field(None, description="Uploads above it become jobs. None: as above.")
-    job_threshold_ms: PositiveInt | None = Field(None, description="Recordings above it become jobs. None: as above.")
+    max_upload_bytes: Positive | None = Field(None, description="Largest upload. None: the installation's.")
+    job_threshold_bytes: Positive | None = Field(None, description="Uploads above it become jobs. None: as above.")
+    job_threshold_ms: Positive | None = Field(None, description="Recordings above it become jobs. None: as above.")
 
     keep_transcripts: bool = Field(True, description="Whether sessions keep their final text.")
     keep_audio: bool = Field(False, description="Whether live sessions keep their audio.")

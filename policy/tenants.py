@@ -17,6 +17,8 @@ from runtime.ids import uuid7
 
 Status: TypeAlias = Literal["active", "suspended", "closed"]
 
+_SLUG = re.compile("[a-z0-9][a-z0-9-]{0,62}")
+
 
 @dataclass(frozen=True)
 class Tenant:
@@ -40,7 +42,7 @@ async def create(
     actor: str,
 ) -> Tenant:
     """A new, active tenant with version 1 of the default policy. Raises `Invalid`; `Conflict` if the slug is taken."""
-    if not _is_slug(slug):
+    if not _SLUG.fullmatch(slug):
         raise Invalid("A slug is 1 to 63 lower-case letters, digits and hyphens.", param="slug")
     if not re.fullmatch("[A-Z]{3}", currency):
         raise Invalid("A currency is an ISO 4217 code such as USD.", param="currency")
@@ -62,9 +64,10 @@ async def create(
 
 
 async def by_slug(tx_system: Transaction, slug: str) -> Tenant:
-    """Raises `NotFound`."""
-    found = await tx_system.execute(_BY_SLUG, {"slug": slug if _is_slug(slug) else None})  # not all text may be asked
-    return _found(found.one_or_none())
+    """Raises `NotFound`, also for what no slug is: Postgres would not take all of it."""
+    query = text(f"{_SELECT} where slug = :slug")
+    row = (await tx_system.execute(query, {"slug": slug})).one_or_none() if _SLUG.fullmatch(slug) else None
+    return _found(row)
 
 
 async def by_id(tx: Transaction, tenant_id: UUID) -> Tenant:
@@ -103,10 +106,6 @@ async def _require_time_zone(tx: Transaction, name: str) -> None:
         raise Invalid("A time zone is an IANA name such as Europe/Vienna.", param="billing_tz")
 
 
-def _is_slug(text: str) -> bool:
-    return re.fullmatch("[a-z0-9][a-z0-9-]{0,62}", text) is not None
-
-
 def _found(row: Row[Any] | None) -> Tenant:
     if row is None:
         raise NotFound("There is no such tenant.")
@@ -124,7 +123,6 @@ def _snapshot(tenant: Tenant) -> dict[str, Any]:
 _COLUMNS = "id, slug, name, status, currency, billing_tz"
 _SELECT = f"select {_COLUMNS} from tenants"  # noqa: S608  constants only
 _BY_ID = text(f"{_SELECT} where id = :id")
-_BY_SLUG = text(f"{_SELECT} where slug = :slug")
 _INSERT = text(f"""
     insert into tenants ({_COLUMNS}) values (:id, :slug, :name, :status, :currency, :billing_tz)
     on conflict (slug) do nothing returning id

@@ -4,6 +4,8 @@
     ├── policy.errors.PolicyError          who may do what, and what it costs
     ├── dispatchers.errors.DispatchError   audio in, transcript out
     ├── workers.errors.JobError            durable work
+    ├── UrlError                           what lies at a URL that a caller named
+    │   ├── UrlRefused · UrlUnreachable · UrlTooLarge
     └── Misconfigured                      settings that do not fit together
         └── Unsealable                     a secret at rest that they do not open
 
@@ -39,3 +41,26 @@ class Misconfigured(StenogateError):
 
 class Unsealable(Misconfigured):
     """What is sealed does not open: its master key is another one now, or it was changed since it was sealed."""
+
+
+class UrlError(StenogateError):
+    """The URL cannot be used."""
+
+    code = "URL_REFUSED"
+
+
+class UrlRefused(UrlError):
+    """The URL leads where we do not go. It must be https, to a public address; the operator may allow others."""
+
+
+class UrlUnreachable(UrlError):
+    """The URL's host cannot be reached."""
+
+    code = "URL_UNREACHABLE"
+    retryable = True
+
+
+class UrlTooLarge(UrlError):
+    """What lies at the URL is too large."""
+
+    code = "TOO_LARGE"

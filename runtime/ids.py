@@ -9,7 +9,7 @@ import time
 import uuid
 from typing import Literal, TypeAlias
 
-Kind: TypeAlias = Literal["sess", "job", "req", "tok", "cred"]
+Kind: TypeAlias = Literal["sess", "job", "req", "tok", "cred", "hook", "evt", "dlv"]
 
 
 def uuid7() -> uuid.UUID:

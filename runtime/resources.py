@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from pydantic import SecretStr
 
+from runtime.addresses import Allowed
 from runtime.blobs import Blobs
 from runtime.coordination import Coordination, InProcess, RedisCoordination
 from runtime.database import Database
+from runtime.egress import Egress
 from runtime.errors import Misconfigured
 from runtime.sealing import Sealer, sealer_of
 from runtime.settings import Settings
@@ -27,6 +29,7 @@ class Resources:
     blobs: Blobs
     signing_key: bytes
     sealer: Sealer
+    egress: Egress
 
 
 @asynccontextmanager
@@ -40,6 +43,7 @@ async def open_resources(settings: Settings) -> AsyncIterator[Resources]:
         pool=settings.database_pool,
     )
     coordination = _coordination(settings.redis_url)
+    egress = Egress(Allowed.of(settings.egress_allow or ()))
     try:
         yield Resources(
             settings=settings,
@@ -48,8 +52,10 @@ async def open_resources(settings: Settings) -> AsyncIterator[Resources]:
             blobs=Blobs.open(settings.blob_url, settings.data_dir / "blobs"),
             signing_key=signing_key(settings),
             sealer=sealer_of(settings),
+            egress=egress,
         )
     finally:
+        egress.close()
         await coordination.aclose()
         await database.aclose()
 

@@ -16,6 +16,8 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic.config import JsonDict
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from runtime.addresses import Allowed
+
 FOREIGN = ("STENOGATE_", "PG", "AWS_", "GOOGLE_", "AZURE_")
 """Beginnings of variables that are no business of an engine: our settings, and what opens databases and blob stores."""
 
@@ -223,12 +225,18 @@ class Settings(BaseSettings):
         description="Networks of proxies, with commas between, whose `X-Forwarded-…` is believed. Unset: none.",
     )
 
+    egress_allow: Annotated[tuple[str, ...] | None, NoDecode] = Field(
+        None,
+        description="Networks and hosts, with commas between, that tenants' URLs (webhooks', recordings') may lead to"
+        " beside public addresses, also over plain http and at any port. Unset: none.",
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="How much is logged.", json_schema_extra=LIVE
     )
     log_format: Literal["json", "console"] = Field("json", description="JSON lines, or lines for people.")
 
-    @field_validator("origins", "trusted_proxies", "engines", mode="before")
+    @field_validator("origins", "trusted_proxies", "engines", "egress_allow", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         """From the environment it comes as one text."""
@@ -256,6 +264,12 @@ class Settings(BaseSettings):
             if "@" in parts.netloc or not _is_port(url):
                 raise ValueError("an engine is a host and a port; its token is STENOGATE_ENGINE_TOKEN")
         return engines and tuple(dict.fromkeys(engines))
+
+    @field_validator("egress_allow")
+    @classmethod
+    def _egress_allow(cls, entries: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        Allowed.of(entries or ())
+        return entries
 
     @field_validator("signing_key")
     @classmethod

@@ -318,6 +318,9 @@ UNRECORDED_SECONDS = _counter("unrecorded_audio_seconds", "Audio that was to be 
 RECORDINGS_DELETED = _counter("recordings_deleted", "Kept recordings deleted for good, by reason.", "reason")
 RECORDINGS_OVERDUE = _counter("recording_deletions_failed", "Attempts to delete a recording that failed.")
 
+WEBHOOK_ATTEMPTS = _counter("webhook_attempts", "Tries to deliver a webhook, by what came of them.", "outcome")
+WEBHOOK_BACKLOG_SECONDS = _gauge("webhook_backlog_seconds", "How long the oldest due delivery of a webhook waits.")
+
 LEDGER_AUDIO_MS = _counter("ledger_audio_milliseconds", "Audio written to the ledger.", "backend")
 LEDGER_ROWS = _counter("ledger_rows", "Rows written to the ledger.", "backend")
 SETTLE_SECONDS = _histogram("settle_seconds", "Time the settling transaction took.", FAST)

@@ -173,7 +173,7 @@ async def served(settings: Settings) -> AsyncIterator[Served]:
     """A gateway with the micro model, small thresholds, and jobs done in the same process. It ends with its module: its
     workers would take other tests' jobs."""
     changes = {"model": "micro", "engine_workers": 1, "job_threshold_ms": 20_000, "upload_idle_s": 1.0}
-    async with serving(settings, **changes) as running:
+    async with serving(settings, egress_allow=("127.0.0.0/8",), **changes) as running:
         yield running
 
 

@@ -23,6 +23,7 @@ from runtime.database import Database, Transaction
 from runtime.errors import StenogateError
 from workers.chunks import Chunk, Heard
 from workers.errors import LeaseLost
+from workers.events import job_ended
 
 log = structlog.get_logger()
 
@@ -129,10 +130,14 @@ class Claim:
         """In the transaction that charges for it: the transcript, and the job's end."""
         stored = TRANSCRIPT.dump_json(transcript).decode()
         await self._execute(tx, _COMPLETE, {"transcript": stored, "done_ms": transcript.duration_ms})
+        await job_ended(tx, self.tenant_id, self.job_id)
 
     async def fail(self, error: StenogateError) -> None:
         """The job's end without a transcript."""
-        await self._write(_FAIL, {"error": json.dumps({"code": error.code, "message": error.message})})
+        told = json.dumps({"code": error.code, "message": error.message})
+        async with self._database.tenant(self.tenant_id) as tx:
+            await self._execute(tx, _FAIL, {"error": told})
+            await job_ended(tx, self.tenant_id, self.job_id)
 
     async def retry(self, after_s: float) -> None:
         """Back to the queue, to be tried again so much later."""

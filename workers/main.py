@@ -22,6 +22,7 @@ from workers.jobs import Jobs
 from workers.queue import QUEUE, TASK, ArqDoorbell, InProcessDoorbell, dump, load, redis_settings
 from workers.schedule import swept, tidied
 from workers.transcribe import CONTEXT, Workshop, transcribe_job
+from workers.webhooks import delivered
 
 if TYPE_CHECKING:
     from arq.typing import WorkerCoroutine
@@ -41,7 +42,10 @@ async def open_jobs(resources: Resources, door: Door) -> AsyncIterator[Jobs]:
     async with tidied(database, blobs):
         if settings.redis_url is None:
             doorbell = InProcessDoorbell()
-            async with embedded_workers(context_of(resources, door), doorbell, settings.job_workers):
+            async with (
+                embedded_workers(context_of(resources, door), doorbell, settings.job_workers),
+                delivered(database, resources.sealer, resources.egress),
+            ):
                 yield Jobs(database, blobs, door, doorbell)
         else:
             async with aclosing(ArqDoorbell(settings.redis_url.get_secret_value())) as bell:
@@ -113,6 +117,7 @@ async def _work(settings: Settings, redis_url: str) -> None:
         aclosing(ArqDoorbell(redis_url)) as doorbell,
         tidied(resources.database, resources.blobs),
         swept(resources.database, doorbell),
+        delivered(resources.database, resources.sealer, resources.egress),
     ):
         arguments = worker_settings(settings, redis_url, context_of(resources, opened.door))
         log.info("worker.ready", engine=opened.model_note, jobs=settings.job_workers)

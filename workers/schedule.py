@@ -16,7 +16,8 @@ from policy.admission import reap
 from policy.tickets import purge
 from runtime.blobs import Blobs
 from runtime.database import Database
-from runtime.telemetry import JOBS
+from runtime.telemetry import JOBS, WEBHOOK_BACKLOG_SECONDS
+from workers import deliveries
 from workers.errors import Unheard
 from workers.queue import Doorbell
 from workers.recordings import collect
@@ -41,9 +42,10 @@ async def sweep(database: Database, doorbell: Doorbell) -> int:
 
 
 async def count(database: Database) -> None:
-    """Tells the metrics how many jobs wait and run, of all tenants."""
-    async with database.across_tenants("how many jobs there are") as tx:
+    """Tells the metrics how many jobs wait and run, and how far webhooks are behind, of all tenants."""
+    async with database.across_tenants("how many jobs there are, and how far webhooks are behind") as tx:
         found = {row.status: row.jobs for row in await tx.execute(_COUNT)}
+        WEBHOOK_BACKLOG_SECONDS.set(await deliveries.backlog_s(tx))
     for state in ("queued", "running"):
         JOBS.labels(state).set(found.get(state, 0))
 
@@ -63,6 +65,7 @@ async def tidied(database: Database, blobs: Blobs) -> AsyncIterator[None]:
         _repeated(TIDY_S, lambda: collect(database, blobs)),
         _repeated(TIDY_S, lambda: purge(database)),
         _repeated(TIDY_S, lambda: expire(database, blobs)),
+        _repeated(TIDY_S, lambda: deliveries.purge(database)),
         _repeated(COUNT_S, lambda: count(database)),
     ):
         yield

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from dispatchers.adapters.outbox import Outbox
 from dispatchers.adapters.reel import Reel
-from dispatchers.errors import BackendTimeout, BackendUnavailable, DispatchError, Withdrawn
+from dispatchers.errors import BackendTimeout, BackendUnavailable, DispatchError, OptionError, Withdrawn
 from dispatchers.interface import (
     SAMPLE_RATE,
     SAMPLES_PER_MS,
@@ -75,7 +75,7 @@ def failover(
     way: Callable[[], Way], audio: AsyncIterator[StreamInput], options: Options
 ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
     """A stream of one channel, by whoever is on its `way`. When nobody is left, what was told stands, the rest is a
-    `Gap`, and the events end with `BackendUnavailable`."""
+    `Gap`, and the events end with `BackendUnavailable`; where nobody can do what is asked, with the `OptionError`."""
     out = Outbox()
     return out.filled_by(_Stream(way(), options, out, _Source(audio)).run)
 
@@ -132,6 +132,7 @@ class _Stream:
         self._open: dict[int, _Told] = {}
         self._numbers: dict[int, int] = {}  # of the leg's utterances in the stream
         self._orphans: deque[int] = deque()  # of former legs, not taken up yet
+        self._left_ms = 0  # no orphan reaches further
         self._failure: DispatchError | None = None
         self._telling: asyncio.Task[None] | None = None  # of it
 
@@ -184,9 +185,10 @@ class _Stream:
 
     async def _left(self, error: DispatchError) -> None:
         """What it had under way waits for the next one."""
-        self._failure = error
+        if self._failure is None or not isinstance(error, OptionError):  # who cannot do it has not failed
+            self._failure = error
         self._numbers.clear()
-        self._orphans = deque(sorted(self._open))
+        self._orphans, self._left_ms = deque(sorted(self._open)), to_ms(self._reel.end)
         for told in self._open.values():
             told.heard = ""
         start_ms = to_ms(self._reel.start)
@@ -208,6 +210,8 @@ class _Stream:
         error = error or BackendUnavailable()
         if self._reel.end > self._reel.start:
             await self._out.put(Gap(to_ms(self._reel.start), to_ms(self._reel.end), error.code))
+        if isinstance(error, OptionError):
+            raise error
         raise BackendUnavailable(error.message, retry_after_s=error.retry_after_s) from error
 
     # --- what is told ---
@@ -221,7 +225,8 @@ class _Stream:
             case Gap(start_ms=start_ms, end_ms=end_ms):
                 self._drop(start_ms, end_ms)
                 await self._answered(end_ms, event)
-            case Flushed():
+            case Flushed(accepted_ms=accepted_ms):
+                await self._close(self._orphans_before(accepted_ms), accepted_ms)
                 self._reel.answered(Flush)
                 await self._out.put(event)
             case Cleared(accepted_ms=accepted_ms):
@@ -247,6 +252,8 @@ class _Stream:
                 await self._finish(event, told)
 
     async def _announce(self, event: SpeechStarted) -> None:
+        if event.start_ms >= self._left_ms:
+            await self._close(self._orphans, self._left_ms)
         if self._orphans:
             self._numbers[event.utterance] = self._orphans.popleft()
             return
@@ -270,8 +277,10 @@ class _Stream:
                 await self._out.put(Delta(event.utterance, more, event.start_ms, event.end_ms))
             event = replace(event, revised=not agrees)
         await self._answered(event.end_ms, event)
-        covered = [number for number in self._orphans if self._open[number].start_ms < event.end_ms]
-        await self._close(covered, event.end_ms)
+        await self._close(self._orphans_before(event.end_ms), event.end_ms)
+
+    def _orphans_before(self, end_ms: int) -> list[int]:
+        return [number for number in self._orphans if self._open[number].start_ms < end_ms]
 
     async def _answered(self, until_ms: int, event: Event) -> None:
         self._reel.forget(until_ms * SAMPLES_PER_MS)

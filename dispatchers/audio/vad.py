@@ -137,12 +137,16 @@ class VadStream:
     async def feed(self, samples: Samples) -> Probabilities:
         """One speech probability for each whole frame; what is left over waits for the next call. One call at a time;
         after one that was cancelled there must be no other."""
-        heard = np.concatenate([self._rest, samples])
-        frames = (len(heard) - _CONTEXT) // FRAME
-        self._rest = heard[frames * FRAME :]
+        before, there = self._rest, len(self._rest) + len(samples)
+        frames = (there - _CONTEXT) // FRAME
+        kept = there - frames * FRAME
+        if kept <= len(samples):
+            self._rest = samples[len(samples) - kept :]
+        else:
+            self._rest = np.concatenate([before, samples])[frames * FRAME :]
         if not frames:
             return np.empty(0, np.float32)
-        piece = _Piece(heard, frames, self._state, asyncio.get_running_loop().create_future())
+        piece = _Piece(before, samples, frames, self._state, asyncio.get_running_loop().create_future())
         self._vad.ask(piece)
         await piece.answer
         self._state = piece.state
@@ -151,20 +155,25 @@ class VadStream:
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Audio of one stream: `frames` whole frames, the context before them, and the model's state at its end so far."""
+    """Audio of one stream: `frames` whole frames, the context before them, which begins in what was kept `before`, and
+    the model's state at its end so far."""
 
-    heard: Samples
+    before: Samples
+    samples: Samples
     frames: int
     state: Floats
     answer: asyncio.Future[None]
     said: list[Probabilities] = field(default_factory=list)
     left: int = field(init=False)
+    heard: Samples | None = None  # all of it, joined in the thread
 
     def __post_init__(self) -> None:
         self.left = self.frames
 
     def windows(self, count: int) -> Samples:
         """The next frames, each with its context."""
+        if self.heard is None:
+            self.heard = np.concatenate([self.before, self.samples])
         size = self.heard.itemsize
         begin = (self.frames - self.left) * FRAME * size
         return np.ndarray((count, WINDOW), np.int16, self.heard, begin, (FRAME * size, size))

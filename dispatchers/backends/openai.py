@@ -14,7 +14,7 @@ import httpx
 
 from dispatchers.audio.encode import MEDIA_TYPES, Form, encoder
 from dispatchers.backends import openai_wire as wire
-from dispatchers.backends.relay import CONNECT_S, Account, client, pieces, understood, whole
+from dispatchers.backends.relay import CONNECT_S, Account, client, pieces, refusal, understood, whole
 from dispatchers.deltas import Deltas
 from dispatchers.errors import AudioTooLong, UnknownModel, UnsupportedOption
 from dispatchers.interface import (
@@ -136,6 +136,13 @@ class OpenAIRelay:
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """Not possible: raises `UnsupportedOption`. The segmenting adapter makes streams of this backend."""
         raise UnsupportedOption(f"{self._account.backend} takes whole recordings only.")
+
+    async def probe(self) -> None:
+        """Asks for the list of models, which costs nothing. What is said of the key there is not believed: it may do
+        one thing and not another. Raises a `BackendError` where the provider is not well."""
+        async with understood(self._account), self._http.stream("GET", "models") as answer:
+            if answer.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+                raise refusal(self._account, answer.status_code, answer.headers)
 
     async def aclose(self) -> None:
         """Closes the connections."""

@@ -19,8 +19,10 @@ from dispatchers.backends.member import PROBE_S, Member
 from dispatchers.engine.wire import NEVER_HEARD, ModelCard, ModelStatus
 from dispatchers.errors import (
     BackendError,
+    BackendFailed,
     BackendUnavailable,
     DispatchError,
+    EngineLost,
     Overloaded,
     Superseded,
     UnknownModel,
@@ -169,7 +171,12 @@ class EnginePool:
         with self._ties.tied(options.stream, options.model, self.members) as member:
             if member is None:
                 raise self._nobody(options.model)
-            return await self._ask(member, audio, options, heard)
+            try:
+                return await self._ask(member, audio, options, heard)
+            except EngineLost:
+                if not self.up:
+                    raise
+                raise BackendFailed("The engine was lost. The next partial goes to another.") from None
 
     async def _kept(self, audio: Samples, options: Options, heard: Heard, until: float) -> Transcript:
         """Has it done by one engine after the other, as long as nobody has heard a word of it."""

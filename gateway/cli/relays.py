@@ -72,7 +72,7 @@ def remove(name: NameArgument) -> None:
 
 @app.command("rewrap")
 def rewrap() -> None:
-    """Puts all credentials under the first of STENOGATE_SEALING_KEYS, so that the others can go."""
+    """Puts all keys and webhooks' secrets under the first of STENOGATE_SEALING_KEYS, so that the others can go."""
     count, master_key = relays.rewrap(Settings())
     out.print(f"{count} put under the master key {master_key}; all others were already", highlight=False)
 

@@ -10,6 +10,7 @@ from policy.relays import Relay, Status
 from runtime.database import Database
 from runtime.sealing import sealer_of
 from runtime.settings import Settings
+from workers import signing
 
 ACTOR = "cli"
 
@@ -88,14 +89,15 @@ def retire_credential(settings: Settings, credential_id: UUID) -> credentials.Re
 
 
 def rewrap(settings: Settings) -> tuple[int, str]:
-    """Puts every data key under the first master key; returns how many were under another, and its id.
+    """Puts every data key under the first master key, those of webhooks' secrets too; returns how many were under
+    another, and its id.
 
     Raises `Misconfigured`, `Unsealable`.
     """
     sealer = sealer_of(settings)
 
     async def work(database: Database) -> int:
-        async with database.across_tenants("rewrap credentials") as tx:
-            return await credentials.rewrap(tx, sealer, actor=ACTOR)
+        async with database.across_tenants("rewrap credentials and secrets") as tx:
+            return await credentials.rewrap(tx, sealer, actor=ACTOR) + await signing.rewrap(tx, sealer)
 
     return with_doors(settings, work), sealer.current

@@ -6,7 +6,7 @@ import asyncio
 from typing import Never
 
 from dispatchers.interface import Clear, Flush
-from gateway.live.codec import Codec, Metrics, Ping, Stop, Unknown
+from gateway.live.codec import Codec, Command, Metrics, Ping, Stop, Unknown
 from gateway.live.frames import Frames, Idle, SessionTooLong, UnknownMessage
 from gateway.live.hearing import Hearing
 from gateway.live.intake import Received
@@ -31,7 +31,11 @@ class Reader:
     async def read(self, frames: Frames) -> Never:
         """Until the socket is `Gone`, or something else is raised that ends the session."""
         while True:
-            await self._take(await self._next(frames))
+            frame = await self._next(frames)
+            if isinstance(frame, bytes):
+                await self._put(frame)
+            else:
+                await self._obey(self._codec.command(frame))
 
     async def _next(self, frames: Frames) -> str | bytes:
         left = max(0.0, self._hearing.until - self._loop.time())
@@ -42,12 +46,9 @@ class Reader:
                 raise SessionTooLong from None
             raise
 
-    async def _take(self, frame: str | bytes) -> None:
-        if isinstance(frame, bytes):
-            await self._put(frame)
-            return
-        match self._codec.command(frame):
-            case (Flush() | Clear()) as command:
+    async def _obey(self, command: Command) -> None:
+        match command:
+            case Flush() | Clear():
                 await self._put(command)
             case Stop():
                 self._stopped = True

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from dispatchers.adapters.guarded import Guarded
 from dispatchers.adapters.per_channel import PerChannel
 from dispatchers.adapters.segmenting import Segmenting
+from dispatchers.adapters.tallied import Tallied, Tally
 from dispatchers.audio.decode import load
 from dispatchers.audio.vad import SileroVad
 from dispatchers.backends.assemblyai import AssemblyAIRelay
@@ -21,6 +23,7 @@ from dispatchers.backends.pool import EnginePool
 from dispatchers.backends.scripted import Scripted
 from dispatchers.engine.further import recognisers
 from dispatchers.engine.models import MICRO, find
+from dispatchers.health import Breaker
 from dispatchers.interface import Dispatcher, Samples
 from dispatchers.local import engine_child
 from dispatchers.providers import PROVIDERS
@@ -138,6 +141,13 @@ def per_channel(within: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awa
     return apart
 
 
+def guarded(within: Callable[[], Awaitable[Dispatcher]]) -> Callable[[], Awaitable[Dispatcher]]:
+    async def careful() -> Dispatcher:
+        return Tallied(Guarded(await within(), Breaker("relay")), Tally())
+
+    return careful
+
+
 MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "scripted": scripted,
     "local": local,
@@ -154,6 +164,8 @@ MAKERS: dict[str, Callable[[], Awaitable[Dispatcher]]] = {
     "segmenting child": streaming(child),
     "segmenting further": streaming(further),
     "segmenting pool": streaming(pool),
+    "guarded deepgram": guarded(deepgram),
+    "guarded segmenting scripted": guarded(streaming(scripted)),
     "per channel scripted": per_channel(streaming(scripted)),
     "per channel deepgram": per_channel(deepgram),
     "per channel assemblyai": per_channel(assemblyai),

@@ -26,7 +26,7 @@ from dispatchers.backends.pool import EnginePool
 from dispatchers.engine import wire
 from dispatchers.engine.models import KNOWN, MICRO, MICRO_SAMPLES
 from dispatchers.engine.server import EngineServer
-from dispatchers.errors import BackendError, BackendUnavailable, Overloaded, Superseded, UnknownModel
+from dispatchers.errors import BackendError, BackendFailed, BackendUnavailable, Overloaded, Superseded, UnknownModel
 from dispatchers.interface import Event, Final, Gap, Options, Pcm, Segment, StreamInput
 from runtime import telemetry
 from tests.engines import TOKEN, RunningEngine, engine_process, listening, silent, until
@@ -141,7 +141,7 @@ async def test_a_partial_of_a_dead_engine_is_not_done_again(well: str) -> None:
             asked = asyncio.create_task(pool.transcribe(CLIP, PARTIAL))
             await until(lambda: pool.members[0].in_flight == 1)
             first.process.kill()
-            with pytest.raises(BackendUnavailable):
+            with pytest.raises(BackendFailed):  # no outage that a stream should hear of
                 await asked
             assert (await pool.transcribe(CLIP, PARTIAL)).text == SAID
 
@@ -176,6 +176,22 @@ async def test_an_engine_killed_in_mid_utterance_costs_no_utterance(well: str) -
         assert [event.text for event in events if isinstance(event, Final)] == expected
         assert not [event for event in events if isinstance(event, Gap)]
     assert len(expected) >= 3
+
+
+async def test_an_engine_that_is_asked_to_end_finishes_what_it_has(well: str) -> None:
+    before = telemetry.ENGINE_RETRIES.labels("BACKEND_UNAVAILABLE")._value.get()
+    with engine_process() as first:
+        async with pool_of(first.url, well) as pool:
+            await until(lambda: len(labels(pool)) == 2)
+            asked = [asyncio.create_task(pool.transcribe(CLIP, FINAL)) for _ in range(8)]
+            await until(lambda: pool.members[0].in_flight > 0)
+            await asyncio.sleep(0.05)
+            first.process.send_signal(signal.SIGTERM)
+            assert {(await each).text for each in asked} == {SAID}
+            await until(lambda: not pool.members[0].ready)
+            assert await asyncio.to_thread(first.process.wait, 30) in (0, -signal.SIGTERM)
+            assert (await pool.transcribe(CLIP, FINAL)).text == SAID
+    assert telemetry.ENGINE_RETRIES.labels("BACKEND_UNAVAILABLE")._value.get() == before
 
 
 async def test_an_engine_that_hangs_is_given_up_with_what_it_has(well: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -373,6 +373,25 @@ async def test_a_recording_that_kills_its_workers_is_given_up(plant: Plant, data
     assert (failed.status, failed.billed_ms) == ("failed", 0)
     assert failed.error is not None
     assert failed.error["code"] == "JOB_FAILED"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_jobs_end_is_in_the_outbox_once(
+    build: Callable[[Scripted], Plant], database: Database, fails: bool
+) -> None:
+    plant = build(Scripted(fail=NotAudio) if fails else Recogniser())
+    job = await plant.submit()
+    endpoint = uuid4()
+    async with database.tenant(job.tenant_id) as tx:
+        named = {"id": job.id, "endpoint": endpoint}
+        await tx.execute(text("update jobs set webhook_id = :endpoint where id = :id"), named)
+    for _ in range(2):
+        ended = await plant.work(job)
+    query = "select topic, endpoint_id, payload from outbox where object_id = :id"
+    async with database.tenant(job.tenant_id) as tx:
+        (event,) = (await tx.execute(text(query), {"id": job.id})).all()
+    assert (event.topic, event.endpoint_id) == (f"job.{ended.status}", endpoint)
+    assert WORDS[0] not in event.payload
 
 
 async def test_an_unknown_length_is_held_for_once_it_is_known(plant: Plant, database: Database) -> None:

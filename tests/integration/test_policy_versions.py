@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any
@@ -279,15 +280,18 @@ async def test_terms_change_at_the_moment_of_a_scheduled_version(database: Datab
 
 async def test_what_was_kept_refuses_nothing(database: Database, tenant: Tenant) -> None:
     book = TermsBook(database, clock=Clock())
+    theirs = replace(OURS, backend="unpriced", kind="relay")  # of which no test sets a list price
+    async with database.across_tenants("test") as tx:
+        await policies.put(tx, tenant.id, PolicyBody(backends=("unpriced",)), actor="ops")
     with pytest.raises(NoPrice):
-        await book.decide(tenant.id, Demand("file"), [OURS])
+        await book.decide(tenant.id, Demand("file"), [theirs])
     async with database.across_tenants("test") as tx:
         await set_price(
-            tx, backend="self_hosted", price_nano_per_hour=5, currency="USD", tenant_id=tenant.id, actor="test"
+            tx, backend="unpriced", price_nano_per_hour=5, currency="USD", tenant_id=tenant.id, actor="test"
         )
-    terms, decision = await book.decide(tenant.id, Demand("file"), [OURS])
-    assert decision.candidates[0].backend == "self_hosted"
-    price = terms.prices.of("self_hosted", "small")
+    terms, decision = await book.decide(tenant.id, Demand("file"), [theirs])
+    assert decision.candidates[0].backend == "unpriced"
+    price = terms.prices.of("unpriced", "small")
     assert price is not None
     assert price.price_nano_per_hour == 5
 

@@ -8,17 +8,21 @@ import re
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 from sqlalchemy import text
 
+from dispatchers import registry
 from dispatchers.audio.decode import load
+from dispatchers.health import Breaker, Limits
 from gateway.errors import MEANINGS
 from policy import policies
 from policy.policies import PolicyBody
 from policy.pricing import amount_nano
+from policy.resolve import TENANTS_DEFAULT
 from policy.tenants import Tenant
 from runtime.settings import Settings
 from tests.providers.deepgram import DeepgramServer, Quirks, Said, deepgram_server
@@ -219,6 +223,35 @@ async def test_a_request_that_is_refused_is_asked_of_nobody_else(
     assert_problem(await ask(gateway, await plugged.tenant()), 502, "BACKEND_REFUSED")
 
 
+async def test_what_a_backend_cannot_take_is_asked_of_the_next(gateway: Served, live: Plugged) -> None:
+    """Deepgram takes no prompt. That is no failure of its, and reason enough only where nobody else may be asked."""
+    tenant = await live.tenant()
+    async with gateway.http(gateway.token(tenant)) as http:
+        for _ in range(12):
+            answer = await post(http, model=TENANTS_DEFAULT, prompt="the fox")
+            assert (answer.status_code, answer.headers["x-stenogate-backend"]) == (200, "self_hosted"), answer.text
+        assert (await post(http, model=TENANTS_DEFAULT)).headers["x-stenogate-backend"] == live.name
+    _, legs = await accounts(gateway, tenant)
+    assert [(leg.backend, leg.outcome, leg.charged_ms) for leg in legs[:2]] == [
+        (live.name, "UNSUPPORTED_OPTION", 0),
+        ("self_hosted", "completed", CLIP_MS),
+    ]
+    alone = await live.tenant(fallback=False)
+    async with gateway.http(gateway.token(alone)) as http:
+        problem = assert_problem(await post(http, model=TENANTS_DEFAULT, prompt="the fox"), 400, "UNSUPPORTED_OPTION")
+    assert problem["error"]["param"] == "prompt"
+
+
+async def test_only_who_listens_is_told_at_once(gateway: Served, provider: OpenAIServer) -> None:
+    """A model that tells its text as it finds it says no times, and what was told cannot be told by another."""
+    async with relay(gateway, "openai", provider.base_url, KEY, models=("gpt-4o-transcribe",)) as plugged:
+        tenant = await plugged.tenant(backends=[plugged.name])
+        async with gateway.http(gateway.token(tenant)) as http:
+            for stream in ("true", "false"):
+                assert (await post(http, model="gpt-4o-transcribe", stream=stream)).status_code == 200
+    assert [form.fields.get("stream") for form in provider.asked[-2:]] == [("true",), None]
+
+
 async def test_a_refused_key_is_named_and_not_used_again(
     gateway: Served, plugged: Plugged, provider: OpenAIServer
 ) -> None:
@@ -294,8 +327,23 @@ async def test_a_caller_who_leaves_pays_nothing_and_costs_what_was_asked(
             )
         ],
     )
-    registry = gateway.gateway.door._registry
-    assert registry.plugs()[plugged.name].recogniser._requests.taken == 0  # type: ignore[attr-defined]
+    assert gateway.gateway.door._registry.plugs()[plugged.name].recogniser._requests.taken == 0  # type: ignore[attr-defined]
+
+
+async def test_one_that_is_well_again_is_found_without_a_request(
+    gateway: Served, provider: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a question that costs nothing."""
+    monkeypatch.setattr(registry, "Breaker", partial(Breaker, limits=Limits(in_a_row=1, open_s=0.3)))
+    async with relay(gateway, "openai", provider.base_url, KEY, models=("micro",)) as plugged:
+        provider.http.fault = FAULTS["failed"]
+        await ask(gateway, await plugged.tenant())
+        assert not plugged.offer().up
+        await asyncio.sleep(0.7)
+        assert not plugged.offer().up
+        provider.http.fault = None
+        await until(lambda: plugged.offer().up)
+        assert {request.path for request in provider.http.requests[-2:]} == {"/v1/models"}
 
 
 # --- credentials ------------------------------------------------------------------------------------------------------
@@ -431,6 +479,26 @@ async def test_a_stream_whose_relay_cannot_be_reached(gateway: Served, live: Plu
     assert [(leg.backend, leg.outcome) for leg in legs] == [
         (live.name, "CREDENTIAL_REFUSED"),
         ("self_hosted", "completed"),
+    ]
+
+
+async def test_a_stream_whose_relay_cannot_take_what_is_asked(gateway: Served, live: Plugged) -> None:
+    tenant, other = await live.tenant(), await live.tenant(backends=["self_hosted"])
+    said = []
+    for one in (tenant, other):
+        async with talking(gateway, gateway.token(one), "?sample_rate=16000&prompt=the+fox") as talk:
+            await talk.until("ready")
+            await talk.speak(PCM)
+            await talk.say("stop")
+            await talk.end()
+        assert_well_formed(talk.events)
+        said.append([(final["text"], final["start_ms"]) for final in talk.all("final")])
+    assert len(said[0]) > 3
+    assert said[0] == said[1]
+    _, legs = await accounts(gateway, tenant)
+    assert [(leg.backend, leg.outcome, leg.charged_ms > 0) for leg in legs] == [
+        (live.name, "UNSUPPORTED_OPTION", False),
+        ("self_hosted", "completed", True),
     ]
 
 

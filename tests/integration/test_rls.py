@@ -51,6 +51,16 @@ ROWS = {
     "legs": """insert into legs (tenant_id, id, session_id, backend, model, outcome, start_ms, audio_ms, charged_ms,
                                  cost_nano, currency, took_ms)
                values (:t, :a, :a, 'deepgram', 'nova-3', 'completed', 0, 1, 1, 1, 'USD', 1)""",
+    "webhook_endpoints": """insert into webhook_endpoints (tenant_id, id, url, events)
+                            values (:t, :a, 'https://x', '{job.completed}')""",
+    "webhook_secrets": """insert into webhook_secrets (tenant_id, id, endpoint_id, sealed, sealed_key, master_key)
+                          values (:t, :a, :a, 'x', 'x', 'k1')""",
+    "outbox": """insert into outbox (tenant_id, id, topic, object_id, payload)
+                 values (:t, :a, 'job.completed', :a, '{}')""",
+    "webhook_deliveries": """insert into webhook_deliveries (tenant_id, id, endpoint_id, event_id)
+                             values (:t, :a, :a, :a)""",
+    "webhook_attempts": """insert into webhook_attempts (tenant_id, delivery_id, number, outcome, took_ms)
+                           values (:t, :a, 1, 'delivered', 1)""",
     "recordings": "insert into recordings (tenant_id, session_id, expires_at) values (:t, :a, now())",
     "recording_parts": """insert into recording_parts (tenant_id, session_id, number, start_sample, samples, blob_key)
                           values (:t, :a, 1, 0, 1, 'k')""",
@@ -61,7 +71,8 @@ ROWS = {
 # What the app role itself writes; the rest is the system role's to write.
 WRITTEN_BY_APP = (
     "revoked_tokens", "budget_windows", "sessions", "budget_holds", "usage_keys", "usage_ledger", "audit_log", "jobs",
-    "job_chunks", "tickets", "recordings", "recording_parts", "legs",
+    "job_chunks", "tickets", "recordings", "recording_parts", "legs", "webhook_endpoints", "webhook_secrets", "outbox",
+    "webhook_deliveries", "webhook_attempts",
 )  # fmt: skip
 
 # What is the operator's: no app role may even read it.
@@ -77,6 +88,8 @@ APPEND_ONLY = (
     "issuers",
     "tickets",
     "legs",
+    "outbox",
+    "webhook_attempts",
 )
 
 
@@ -246,7 +259,10 @@ async def test_not_even_the_system_role_changes_the_books(database: Database, fu
 async def test_another_tenants_rows_cannot_be_changed_taken_or_given(
     database: Database, furnished: Tenant, other_tenant: Tenant
 ) -> None:
-    changeable = ("sessions", "budget_windows", "budget_holds", "jobs", "recordings", "recording_parts")
+    changeable = (
+        *("sessions", "budget_windows", "budget_holds", "jobs", "recordings", "recording_parts"),
+        *("webhook_endpoints", "webhook_deliveries"),
+    )
     for table in changeable:
         async with database.tenant(other_tenant.id) as tx:
             changed = await tx.execute(text(f"update {table} set tenant_id = tenant_id"))
@@ -254,7 +270,7 @@ async def test_another_tenants_rows_cannot_be_changed_taken_or_given(
         give = f"update {table} set tenant_id = :other"
         await denied(database, furnished, give, other=other_tenant.id)
     async with database.tenant(other_tenant.id) as tx:
-        for table in ("jobs", "job_chunks", "recording_parts"):
+        for table in ("jobs", "job_chunks", "recording_parts", "webhook_endpoints"):
             assert (await tx.execute(text(f"delete from {table}"))).rowcount == 0, table
     async with database.tenant(furnished.id) as tx:
         assert await count(tx, "jobs") == 1
@@ -322,3 +338,10 @@ async def test_two_hundred_interleaved_transactions_on_one_pool_leak_nothing(
                 await ask(number)
 
     await asyncio.gather(*(take_turn(number) for number in range(200)))
+
+
+async def test_no_tenants_transaction_reads_a_webhooks_secret(database: Database, furnished: Tenant) -> None:
+    for column in ("sealed", "sealed_key", "master_key", "*"):
+        await denied(database, furnished, f"select {column} from webhook_secrets")
+    async with database.tenant(furnished.id) as tx:
+        assert (await tx.execute(text("select id, expires_at from webhook_secrets"))).one()

@@ -13,11 +13,15 @@ from starlette.routing import Route
 
 from gateway.app import ROUTES
 from runtime.ids import show, uuid7
+from tests.providers.http import closed
 from tests.server import Served, assert_problem, post
 from tests.streaming import talking
 
-OWNED = {"job_id": "job", "session_id": "sess"}
+OWNED = {"job_id": "job", "session_id": "sess", "webhook_id": "hook", "delivery_id": "dlv"}
 """Path parameters that name an object of a tenant; `model` names none, and a tenant's token opens no `/v1/admin`."""
+
+BODIES = {"/v1/webhooks/{webhook_id}/replay": {"since": 0}}
+"""What a call needs to be understood."""
 
 WITH_ID = sorted(
     (method, route.path)
@@ -47,7 +51,10 @@ async def two(served: Served) -> AsyncIterator[Two]:
         await theirs.get(f"/v1/jobs/{job}", params={"wait": "30"})
         await post(theirs)
         session, doomed = [await recorded(served, theirs, their_token) for _ in range(2)]
-        yield Two(ours, theirs, {"job_id": job, "session_id": session}, {"job_id": job, "session_id": doomed})
+        hook, delivery = await told(theirs)
+        doomed_hook, _ = await told(theirs)
+        ids = {"job_id": job, "session_id": session, "webhook_id": hook, "delivery_id": delivery}
+        yield Two(ours, theirs, ids, ids | {"session_id": doomed, "webhook_id": doomed_hook})
 
 
 async def recorded(served: Served, http: httpx.AsyncClient, token: str) -> str:
@@ -64,6 +71,16 @@ async def recorded(served: Served, http: httpx.AsyncClient, token: str) -> str:
     return session_id
 
 
+async def told(http: httpx.AsyncClient) -> tuple[str, str]:
+    """A webhook, and a delivery that nobody takes."""
+    hook = str((await http.post("/v1/webhooks", json={"url": closed()})).json()["id"])
+    await http.post(f"/v1/webhooks/{hook}/test")
+    async with asyncio.timeout(20):
+        while not (found := (await http.get(f"/v1/webhooks/{hook}/deliveries")).json()["data"]):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    return hook, str(found[0]["id"])
+
+
 def test_every_parameter_is_known() -> None:
     paths = [path for route in ROUTES if not (path := getattr(route, "path", "")).startswith("/v1/admin/")]
     assert {name for path in paths for name in re.findall(r"\{(\w+)", path)} == {*OWNED, "model"}
@@ -77,15 +94,17 @@ async def test_their_objects_are_not_found(two: Two, method: str, path: str) -> 
 
     nobodys = {name: show(kind, uuid7()) for name, kind in OWNED.items()}  # type: ignore[arg-type]
     ids = two.doomed if method == "DELETE" else two.ids
-    theirs = assert_problem(await two.ours.request(method, filled(ids)), 404, "NOT_FOUND")
-    assert (await two.theirs.request(method, filled(ids))).is_success
-    none = assert_problem(await two.ours.request(method, filled(nobodys)), 404, "NOT_FOUND")
+    body = BODIES.get(path)
+    theirs = assert_problem(await two.ours.request(method, filled(ids), json=body), 404, "NOT_FOUND")
+    assert (await two.theirs.request(method, filled(ids), json=body)).is_success
+    none = assert_problem(await two.ours.request(method, filled(nobodys), json=body), 404, "NOT_FOUND")
     assert theirs | {"request_id": ""} == none | {"request_id": ""}
     for nonsense in ("x", "job_", "sess_%00", two.ids["job_id"].upper(), "'; drop table jobs"):
-        assert_problem(await two.ours.request(method, filled(dict.fromkeys(OWNED, nonsense))), 404, "NOT_FOUND")
+        nowhere = filled(dict.fromkeys(OWNED, nonsense))
+        assert_problem(await two.ours.request(method, nowhere, json=body), 404, "NOT_FOUND")
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sessions", "/v1/usage"])
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/sessions", "/v1/usage", "/v1/webhooks"])
 async def test_their_rows_are_not_listed(two: Two, path: str) -> None:
     assert (await two.theirs.get(path)).json()["data"]
     assert (await two.ours.get(path)).json()["data"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -159,11 +160,14 @@ class HttpServer:
 
 
 @asynccontextmanager
-async def http_server(respond: Responder, upgrade: Upgrader | None = None) -> AsyncIterator[HttpServer]:
+async def http_server(
+    respond: Responder, upgrade: Upgrader | None = None, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[HttpServer]:
     """A server of its own port, in this event loop."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
-        server = HttpServer(respond, f"http://127.0.0.1:{listener.getsockname()[1]}", upgrade)
-        listening = await asyncio.start_server(server.serve, sock=listener, limit=1024 * 1024)
+        scheme = "http" if tls is None else "https"
+        server = HttpServer(respond, f"{scheme}://127.0.0.1:{listener.getsockname()[1]}", upgrade)
+        listening = await asyncio.start_server(server.serve, sock=listener, limit=1024 * 1024, ssl=tls)
         try:
             yield server
         finally:

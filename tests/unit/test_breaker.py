@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatchers.errors import (
+    AudioTooLong,
     BackendFailed,
     BackendRefused,
     BackendTimeout,
@@ -19,6 +20,7 @@ from dispatchers.errors import (
     DispatchError,
     Overloaded,
     Throttled,
+    UnsupportedOption,
 )
 from dispatchers.health import Breaker, Limits, RetryBudget
 from policy.errors import TokenExpired
@@ -152,7 +154,10 @@ def test_a_credential_that_is_refused_stays_so() -> None:
     assert "dg-123…" in asked.breaker.why_down
 
 
-@pytest.mark.parametrize("error", [BackendRefused(), Overloaded(), TokenExpired(), DispatchError()])
+@pytest.mark.parametrize(
+    "error",
+    [BackendRefused(), Overloaded(), TokenExpired(), DispatchError(), UnsupportedOption(), AudioTooLong()],
+)
 def test_what_is_not_the_backends_fault_never_counts(error: Exception) -> None:
     asked = Asked()
     for _ in range(100):
@@ -166,6 +171,15 @@ def test_a_refused_request_shows_that_it_lives() -> None:
     asked.clock.now += LIMITS.open_s
     asked.ask(BackendRefused())
     assert asked.breaker.state == "closed"
+
+
+@pytest.mark.parametrize("error", [UnsupportedOption(), AudioTooLong()])
+def test_what_it_was_not_asked_shows_nothing(error: Exception) -> None:
+    asked = Asked()
+    asked.fail()
+    asked.clock.now += LIMITS.open_s
+    asked.ask(error)
+    assert (asked.breaker.state, asked.breaker.up) == ("half_open", True)
 
 
 def test_what_nobody_foresaw_is_a_failure() -> None:

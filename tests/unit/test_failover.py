@@ -20,7 +20,14 @@ from dispatchers.adapters import failover as module
 from dispatchers.adapters.failover import failover
 from dispatchers.adapters.outbox import Outbox
 from dispatchers.adapters.per_channel import per_channel
-from dispatchers.errors import BackendFailed, BackendRefused, BackendTimeout, BackendUnavailable, DispatchError
+from dispatchers.errors import (
+    BackendFailed,
+    BackendRefused,
+    BackendTimeout,
+    BackendUnavailable,
+    DispatchError,
+    UnsupportedOption,
+)
 from dispatchers.interface import (
     Clear,
     Cleared,
@@ -316,6 +323,28 @@ async def test_the_next_one_hears_nothing() -> None:
     assert (final.text, final.revised) == ("", True)
 
 
+async def test_what_the_next_one_hears_later_is_another_utterance() -> None:
+    class DullAtFirst(Hears):
+        async def _take(self, tenth: int) -> None:
+            self.deaf = tenth < STARTS[2]
+            await super()._take(tenth)
+
+    way = Way([Hears(until=ENDS[0]), DullAtFirst()])
+    finals = check(await heard(way, talk()))
+    assert [(final.text, final.revised) for final in finals] == [("", True), (WHOLE[2], False), (WHOLE[3], False)]
+    assert finals[0].end_ms == 100 * (ENDS[0] + 1)
+    assert finals[1].start_ms == 100 * STARTS[2]
+
+
+async def test_a_flush_ends_what_the_next_one_does_not_hear() -> None:
+    way = Way([Hears(until=ENDS[0]), Hears(deaf=True)])
+    events = await heard(way, talk((ENDS[0] + 2, Flush())))
+    (final,) = check(events)
+    flushed = next(event for event in events if isinstance(event, Flushed))
+    assert events.index(final) < events.index(flushed)
+    assert (final.text, final.end_ms) == ("", flushed.accepted_ms)
+
+
 async def test_a_final_without_deltas_is_told_as_the_rest() -> None:
     way = Way([Hears(until=ENDS[0]), Hears(partials=False)])
     events = await heard(way, talk())
@@ -356,6 +385,22 @@ async def test_when_nobody_is_left() -> None:
     assert (gap.start_ms, gap.reason) == (spans(events)[-1][1], "BACKEND_TIMEOUT")
     assert ending.value.retry_after_s == 9.0
     assert way.outcomes == ["BackendFailed", "BackendTimeout"]
+
+
+async def test_who_cannot_do_what_is_asked_does_not_end_the_stream() -> None:
+    way = Way([Hears(until=STARTS[1] + 2), Hears(until=0, error=UnsupportedOption()), Hears()])
+    assert texts(await heard(way, talk())) == WHOLE
+    assert way.outcomes == ["BackendFailed", "UnsupportedOption", "completed"]
+
+
+async def test_when_nobody_can_do_what_is_asked() -> None:
+    way = Way([Hears(until=0, error=UnsupportedOption(param=name)) for name in ("prompt", "language")])
+    with pytest.raises(UnsupportedOption) as ending:
+        await heard(way, talk())
+    assert ending.value.param == "prompt"
+    way = Way([Hears(until=STARTS[1] + 2), Hears(until=0, error=UnsupportedOption())])
+    with pytest.raises(BackendUnavailable):
+        await heard(way, talk())
 
 
 async def test_a_refused_request_is_asked_of_nobody_else() -> None:

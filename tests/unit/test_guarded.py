@@ -176,6 +176,28 @@ async def test_a_stream_that_decides_does_not_keep_others_out() -> None:
         assert breaker.state == "closed"
 
 
+# --- probes ---
+
+
+async def test_what_can_be_asked_for_free_is() -> None:
+    @dataclass
+    class Well(Live):
+        asked: int = 0
+
+        async def probe(self) -> None:
+            self.asked += 1
+
+    breaker = Breaker("relay", Limits(in_a_row=1, open_s=0.01))
+    with pytest.raises(BackendFailed), breaker.attempt():
+        raise BackendFailed
+    await asyncio.sleep(0.02)
+    assert breaker.state == "half_open"
+    assert not await Guarded(Live(), breaker).probe()
+    assert breaker.state == "half_open"
+    assert await Guarded(well := Well(), breaker).probe()
+    assert (breaker.state, well.asked) == ("closed", 1)
+
+
 # --- what is charged for ----------------------------------------------------------------------------------------------
 
 

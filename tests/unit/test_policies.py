@@ -66,6 +66,10 @@ def test_the_default_keeps_audio_on_our_own_engine() -> None:
         {"max_price_per_hour": "0.0000000001"},
         {"max_price_per_hour": "NaN"},
         {"max_job_ms": 0},
+        {"max_streams": 10**16},
+        {"requests_per_minute": 10**400},
+        {"models": ["a\x00"]},
+        {"aliases": {"a\n": "b"}},
     ],
 )
 def test_a_policy_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:

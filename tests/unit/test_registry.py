@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field, replace
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 
 from dispatchers import registry as module
@@ -151,13 +152,14 @@ async def test_the_accounts_used_are_noted_once(there: There) -> None:
     assert there.used == [one.id]
 
 
-async def test_a_database_that_is_away_changes_nothing(there: There) -> None:
+@pytest.mark.parametrize("why", [ConnectionRefusedError(), asyncpg.CannotConnectNowError(), ValueError()])
+async def test_a_database_that_is_away_changes_nothing(there: There, why: Exception) -> None:
     there.known = ((GROQ,), (credential("groq"),))
     registry = there.registry()
     await registry.refresh()
 
     async def away() -> Known:
-        raise ConnectionRefusedError
+        raise why
 
     object.__setattr__(registry._relays, "load", away)
     await registry.keep_up()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dispatchers.interface import VadOptions
@@ -421,6 +421,11 @@ def resolved(
         return None
 
 
+sparse = settings(suppress_health_check=[HealthCheck.filter_too_much])
+"""Of policies, demands and offers drawn at random many give no decision."""
+
+
+@sparse
 @given(policies, demands, offers, price_lists)
 def test_nothing_forbidden_incapable_unsold_or_down_ever_serves(
     policy: PolicyBody, demand: Demand, plugged: list[Offer], prices: PriceList | None
@@ -452,6 +457,7 @@ def test_nothing_forbidden_incapable_unsold_or_down_ever_serves(
     assert policy.fallback or len(decision.candidates) == 1
 
 
+@sparse
 @given(policies, demands, offers)
 def test_candidates_stand_in_the_policys_order_the_preferred_kind_first(
     policy: PolicyBody, demand: Demand, plugged: list[Offer]
@@ -470,6 +476,7 @@ def test_candidates_stand_in_the_policys_order_the_preferred_kind_first(
     assert standings == sorted(standings)
 
 
+@sparse
 @given(policies, demands, offers, price_lists)
 def test_every_offer_is_a_candidate_or_refused_with_a_reason(
     policy: PolicyBody, demand: Demand, plugged: list[Offer], prices: PriceList | None
@@ -482,6 +489,7 @@ def test_every_offer_is_a_candidate_or_refused_with_a_reason(
     assert all(entry.reason.endswith(".") for entry in (*decision.candidates, *decision.refused))
 
 
+@sparse
 @given(policies, demands, offers)
 def test_with_fallback_a_preference_only_reorders(policy: PolicyBody, demand: Demand, plugged: list[Offer]) -> None:
     policy = replace_body(policy, fallback=True)
@@ -492,6 +500,7 @@ def test_with_fallback_a_preference_only_reorders(policy: PolicyBody, demand: De
     assert len(outcomes) == 1
 
 
+@sparse
 @given(policies, demands, offers, price_lists)
 def test_the_same_question_has_the_same_answer_in_whatever_order_backends_are_plugged_in(
     policy: PolicyBody, demand: Demand, plugged: list[Offer], prices: PriceList | None
@@ -505,6 +514,7 @@ def test_the_same_question_has_the_same_answer_in_whatever_order_backends_are_pl
     assert answer(plugged) == answer(plugged) == answer(plugged[::-1])
 
 
+@sparse
 @given(policies, demands, offers)
 def test_a_stored_decision_comes_back_as_it_was(policy: PolicyBody, demand: Demand, plugged: list[Offer]) -> None:
     decision = resolved(policy, demand, plugged)

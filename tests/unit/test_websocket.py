@@ -15,7 +15,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from uvicorn.server import ServerState
 from websockets.utils import apply_mask
 
-from gateway.websocket import READ_AHEAD_BYTES, WebSocketProtocol
+from gateway.websocket import FRAGMENTS_MOST, READ_AHEAD_BYTES, WebSocketProtocol
 
 UPGRADE = (
     b"GET / HTTP/1.1\r\nHost: here\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -173,6 +173,30 @@ def test_no_more_is_read_than_may_wait() -> None:
         await connection.end()
 
     asyncio.run(flood())
+
+
+def test_who_does_not_read_pongs_is_not_read() -> None:
+    async def ping() -> None:
+        connection = await Connection(WebSocketProtocol).opened()
+        connection.protocol.data_received(frame(PING, b"there?"))
+        assert connection.wire.reading
+        connection.protocol.pause_writing()  # by the transport
+        connection.protocol.data_received(frame(BINARY, b"a") + frame(PING, b"there?"))
+        assert not connection.wire.reading
+        await connection.protocol.receive()
+        assert not connection.wire.reading
+        connection.protocol.resume_writing()
+        assert connection.wire.reading
+        await connection.end()
+
+    asyncio.run(ping())
+
+
+def test_a_message_has_so_many_fragments_at_most() -> None:
+    data = frame(BINARY, b"", fin=False) + FRAGMENTS_MOST * frame(CONTINUED, b"", fin=False)
+    heard, written, closing = asyncio.run(outcome(WebSocketProtocol, [data[:-6], data[-6:]]))
+    assert (closing, [item["code"] for item in heard]) == (True, [1009])
+    assert written[0] == 0x80 | CLOSE
 
 
 @pytest.mark.parametrize("size", [0, 125, 126, 65_535, 65_536])
