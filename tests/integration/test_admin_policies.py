@@ -106,9 +106,19 @@ async def test_a_version_is_put_shown_and_in_force_at_once(
     assert row.request_id == response.headers["x-request-id"]
 
 
+async def test_what_postgres_cannot_store_is_refused(admin: httpx.AsyncClient) -> None:
+    response = await admin.put("/policies", json={"body": {"aliases": {"a\0b": "scripted"}}})
+    assert_problem(response, 400, "BAD_PARAMETERS")
+
+
 async def test_text_that_no_answer_could_repeat_is_no_json(caller: httpx.AsyncClient) -> None:
     response = await caller.post("/v1/policy/explain", content=rb'{"features": ["\ud800"]}')
     assert_problem(response, 400, "BAD_REQUEST")
+
+
+async def test_what_cannot_be_a_slug_is_no_tenant(server: Served) -> None:
+    async with server.http(operator_token(server)) as http:
+        assert_problem(await http.get("/v1/admin/tenants/a%00b/policies"), 404, "NOT_FOUND")
 
 
 async def test_the_list_tells_versions_newest_first_by_pages(admin: httpx.AsyncClient) -> None:
