@@ -178,7 +178,7 @@ class Registry:
                 models=relay.models,
             )
             recogniser = open_relay(relay.provider, account)
-        except (KeyError, ValueError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001 — whatever it is, the others must be plugged in
             self._unusable.add(key)
             log.error("relay.unusable", relay=relay.name, why=error)  # noqa: TRY400 — it names the remedy
             return None
