@@ -122,6 +122,7 @@ def test_plain_wav_is_read_as_ffmpeg_reads_it(file, name: str | None):
         wav(tone(0.5)).replace(b"fmt ", b"data"),
         wav(tone(0.5)).replace(b"fmt ", b"what"),
         wav(tone(0.5)).replace(b"RIFF", b"RF64"),
+        wav(tone(0.5))[:12] + 16 * b"JUNK\x04\x00\x00\x00abcd" + wav(tone(0.5))[12:],
         wav(tone(0.5)).replace(b"\x01\x00\x01\x00", b"\x11\x00\x01\x00"),
     ],
 )
