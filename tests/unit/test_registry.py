@@ -17,6 +17,7 @@ from policy.relays import Credential, Relay
 
 OURS, THEIRS = uuid4(), uuid4()
 GROQ = Relay("groq", "groq")
+ODD_ADDRESSES = ("https://999.1.1.1/v1", "https://[v1.a]/v1")
 SERVER = Relay("vllm-eu", "vllm", base_url="http://127.0.0.1:9/v1", region="eu", models=("small",))
 
 
@@ -138,6 +139,16 @@ async def test_what_cannot_be_opened_is_left_out(there: There, relay: Relay) -> 
     registry = there.registry()
     await registry.refresh()
     assert set(registry.plugs()) == {"vllm-eu"}
+
+
+async def test_an_address_that_is_none_keeps_no_other_out() -> None:
+    """Opened in earnest: what reads URLs has its own view of them."""
+    nowhere = [Relay(f"odd-{at}", "vllm", base_url=url, models=("small",)) for at, url in enumerate(ODD_ADDRESSES)]
+    there = There(known=((*nowhere, SERVER), ()))
+    registry = there.registry()
+    await registry.refresh()
+    assert set(registry.plugs()) == {"vllm-eu"}
+    await registry.aclose()
 
 
 async def test_the_accounts_used_are_noted_once(there: There) -> None:
