@@ -75,9 +75,9 @@ async def test_a_keys_life_leaves_no_trace_of_it(gateway: LocalGateway, data_dir
             return await asyncio.to_thread(ok, data_dir, *arguments, stdin=stdin)
 
         await run("tenant", "create", "acme")
-        await run("policy", "set", "--tenant", "acme", "-", stdin='{"backends": ["openai"]}')
         await run("price", "set", "3.60", "--backend", "openai")
         assert "openai (openai) is active" in await run("relay", "add", "openai", "--url", provider.base_url)
+        await run("policy", "set", "--tenant", "acme", "-", stdin='{"backends": ["openai"]}')
         said = await run("relay", "credential", "add", "openai", stdin=CANARIES["shared"] + "\n")
         assert CANARIES["shared"][:7] in said
         await run("relay", "credential", "add", "openai", "--tenant", "acme", stdin=CANARIES["tenants"])
