@@ -53,8 +53,9 @@ ROWS = {
                values (:t, :a, :a, 'deepgram', 'nova-3', 'completed', 0, 1, 1, 1, 'USD', 1)""",
     "webhook_endpoints": """insert into webhook_endpoints (tenant_id, id, url, events)
                             values (:t, :a, 'https://x', '{job.completed}')""",
-    "webhook_secrets": """insert into webhook_secrets (tenant_id, id, endpoint_id, sealed, sealed_key, master_key)
-                          values (:t, :a, :a, 'x', 'x', 'k1')""",
+    "webhook_secrets": """insert into webhook_secrets (tenant_id, id, endpoint_id, sealed, sealed_key, master_key,
+                                                       expires_at)
+                          values (:t, :a, :a, 'x', 'x', 'k1', now())""",
     "outbox": """insert into outbox (tenant_id, id, topic, object_id, payload)
                  values (:t, :a, 'job.completed', :a, '{}')""",
     "webhook_deliveries": """insert into webhook_deliveries (tenant_id, id, endpoint_id, event_id)
