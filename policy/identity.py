@@ -31,6 +31,7 @@ from policy.errors import (
 from policy.jwks import KeySets
 from policy.outage import ledger_reachable
 from policy.tenants import Tenant
+from runtime.beats import spread
 from runtime.database import Database, Transaction
 from runtime.ids import show, uuid7
 
@@ -109,7 +110,7 @@ class Authenticator:
         if verified is None:
             verified = await self._verify(token, digest)
             _remember(self._cache, digest, verified, min(time.time() + CACHE_S, verified.expires_at))
-        until = min(time.time() + LATELY_S, verified.expires_at)
+        until = min(time.time() + LATELY_S * spread(), verified.expires_at)
         slug = await self._standing(verified.tenant_id, verified.token_id)
         caller = Caller(
             verified.tenant_id, slug, verified.subject, verified.scopes, verified.token_id, verified.expires_at

@@ -14,6 +14,7 @@ from policy.outage import ledger_reachable
 from policy.policies import Policy
 from policy.pricing import PriceList
 from policy.resolve import Decision, Demand, Offer, resolve
+from runtime.beats import spread
 from runtime.database import Database
 
 KEPT_S = 2.0
@@ -57,7 +58,7 @@ class TermsBook:
         kept.pop(tenant_id, None)
         while len(kept) >= KEPT_MOST:
             del kept[next(iter(kept))]
-        kept[tenant_id] = _Kept(terms, asked_at + min(KEPT_S, KEPT_S if ends_in_s is None else ends_in_s))
+        kept[tenant_id] = _Kept(terms, asked_at + min(KEPT_S * spread(), KEPT_S if ends_in_s is None else ends_in_s))
         return terms
 
     async def decide(self, tenant_id: UUID, demand: Demand, offers: Sequence[Offer]) -> tuple[Terms, Decision]:

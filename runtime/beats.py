@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,12 @@ def beating(every_s: float, beat: Callable[[], Awaitable[None]]) -> Iterator[Non
         timer.cancel()
         for task in tasks:
             task.cancel()
+
+
+def spread() -> float:
+    """A half to one, at random: so much of its time is something kept, for what was kept at once is not to be looked at
+    again at once."""
+    return random.uniform(0.5, 1.0)  # noqa: S311  no secret
 
 
 async def _go_on(every_s: float, beat: Callable[[], Awaitable[None]]) -> None:

@@ -50,7 +50,7 @@ TENANTS = 20
 CONNECTIONS = 64
 WORKERS = 16
 RATE = 300
-WARM = 400
+WARM_S = 4
 WAV_BYTES = 32 * 1024
 NANO = 1_000_000_000
 FORM = (
@@ -227,7 +227,7 @@ async def _measure(
     console: Console, gateway: Side, behind: Side, tokens: list[str], *, rate: int, seconds: float
 ) -> None:
     requests = [request(urlsplit(gateway.url).netloc, token) for token in tokens]
-    await on_schedule(gateway.url, requests, WARM / 4, 4)
+    await on_schedule(gateway.url, requests, rate, WARM_S)
     plain = await on_schedule(behind.url, requests, rate, min(seconds, 5.0))
     looks, runs = [Spent.now(gateway, behind)], list[Asked]()
     for asking in (on_schedule(gateway.url, requests, rate, seconds), saturated(gateway.url, requests, seconds)):
