@@ -10,6 +10,7 @@ themselves: asyncpg alone, at a tenth of what SQLAlchemy costs the event loop.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -92,6 +93,7 @@ class Database:
         self._system = _engine(async_url(system_url), pool)
         self._single_connections = max(1, pool // 2)
         self._single: asyncpg.Pool[asyncpg.Record] | None = None
+        self._opening = asyncio.Lock()
 
     @asynccontextmanager
     async def tenant(self, tenant_id: UUID) -> AsyncIterator[Transaction]:
@@ -103,11 +105,17 @@ class Database:
     async def once(self, statement: str, *values: object) -> asyncpg.Record | None:
         """The first row of one statement in the app role, with asyncpg's own `$1`: a transaction of its own, which
         binds its tenant itself or sees none."""
-        if self._single is None:
-            self._single = await _single_statements(self._app_url, self._single_connections)
-        async with self._single.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
+        single = self._single or await self._opened()
+        async with single.acquire(timeout=CONNECT_TIMEOUT_S) as connection:
             row: asyncpg.Record | None = await connection.fetchrow(statement, *values)
             return row
+
+    async def _opened(self) -> asyncpg.Pool[asyncpg.Record]:
+        """By whoever comes first; the others wait for it."""
+        async with self._opening:
+            if self._single is None:
+                self._single = await _single_statements(self._app_url, self._single_connections)
+            return self._single
 
     @asynccontextmanager
     async def across_tenants(self, reason: str) -> AsyncIterator[Transaction]:
