@@ -307,6 +307,9 @@ async def test_it_takes_a_seat_for_each_channel(scripted: Served) -> None:
         async with talking(scripted, token, "?channels=2") as mixed:
             await mixed.until("ready")
     narrow = scripted.token(await scripted.tenant(max_streams=1))
+    async with asyncio.timeout(10):
+        while SEATS.taken > 1:  # noqa: ASYNC110  those who left are still leaving
+            await asyncio.sleep(0.01)
     response = await denial(scripted, narrow, query)
     assert (response.status_code, json.loads(response.body or b"")["code"]) == (429, "CONCURRENCY_LIMITED")
     async with talking(scripted, narrow, "?channels=2") as alone:  # the seat it took first is free again
